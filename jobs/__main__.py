@@ -1,0 +1,5 @@
+"""`python -m jobs` is `raydiffusion`."""
+
+from jobs.entry import main
+
+main()

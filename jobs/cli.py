@@ -1,0 +1,275 @@
+"""The verbs. Each loads the config, calls one pipeline function, and prints.
+
+Nothing imported here imports torch or Ray: a command with nothing to do answers at once.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.console import EventPrinter, show_plan
+from pipeline.config import Config, load_config
+from pipeline.driver import Outcome, Plan, make_plan, run_config
+from pipeline.errors import RaydiffusionError
+from pipeline.runs import list_runs, read_progress, read_run
+from pipeline.steps import STEP_NAMES
+from pipeline.storage import open_storage
+
+INTERRUPTED_EXIT_CODE = 130
+
+app = typer.Typer(
+    help="Train diffusion models on your own images, and know how good they are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a TOML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="override a setting; may be repeated"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="leave with exit code 8 when another process works on it")
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+) -> None:
+    """Do the whole workflow; finished steps are kept, an interrupted one continues."""
+    _run_steps(config, set_, as_json, no_wait, STEP_NAMES)
+
+
+@app.command()
+def preprocess(
+    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+) -> None:
+    """Turn the image shards into Arrow shards."""
+    _run_steps(config, set_, as_json, no_wait, ("preprocess",))
+
+
+@app.command()
+def train(
+    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+) -> None:
+    """Train, and do what training needs."""
+    _run_steps(config, set_, as_json, no_wait, ("train",))
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+) -> None:
+    """Sample and score, and do what that needs."""
+    _run_steps(config, set_, as_json, no_wait, ("evaluate",))
+
+
+@app.command()
+def plan(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Print which steps are cached, which would run, and why. Starts nothing."""
+    with _errors_to_exit_codes(as_json):
+        planned = make_plan(load_config(config, set_ or ()))
+        if as_json:
+            _print_json(_plan_json(planned))
+        else:
+            show_plan(Console(), planned.run, planned.steps)
+
+
+@app.command()
+def status(
+    target: Annotated[str, typer.Argument(help="a config, a run's name, or a storage root")] = "",
+    set_: Overrides = None,
+    root: Annotated[str, typer.Option(help="the storage root of a run's name")] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run did, or the runs below a storage root."""
+    with _errors_to_exit_codes(as_json):
+        if target.endswith(".toml"):
+            planned = make_plan(load_config(target, set_ or ()))
+            storage, run_name = planned.storage, planned.run
+        elif target and not Path(target).is_dir() and "://" not in target:
+            storage, run_name = open_storage(root), target
+        else:
+            storage, run_name = open_storage(target or root), None
+        if run_name is None:
+            documents = [read_run(storage, name) for name in list_runs(storage)]
+            if as_json:
+                _print_json({"runs": documents})
+            else:
+                _show_runs(Console(), storage.uri, documents)
+        else:
+            document = read_run(storage, run_name)
+            document["progress"] = read_progress(storage, document)
+            _print_json(document) if as_json else _show_run(Console(), document)
+
+
+@app.command()
+def report(
+    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+) -> None:
+    """Write the report, do what it needs, and print where it is."""
+    _run_steps(config, set_, as_json, no_wait, ("report",))
+
+
+def _run_steps(
+    path: Path, overrides: list[str] | None, as_json: bool, no_wait: bool, targets: tuple[str, ...]
+) -> None:
+    console = Console(stderr=as_json)
+    printer = EventPrinter(console)
+    with _errors_to_exit_codes(as_json):
+        started = time.monotonic()
+        config = load_config(path, overrides or ())
+        with printer.live():
+            outcome = run_config(
+                config,
+                targets,
+                observer=printer.observe,
+                on_plan=lambda planned: _say_what_is_left(console, config, planned),
+                on_wait=printer.wait,
+                wait_for_lease=not no_wait,
+            )
+        seconds = time.monotonic() - started
+        if as_json:
+            _print_json(_outcome_json(outcome, seconds))
+        else:
+            _show_outcome(console, outcome, seconds)
+
+
+def _say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
+    left = [p for p in planned.steps if p.action != "cached"]
+    if not left:
+        return
+    places = config.cluster.address or "Ray on this machine"
+    console.print(
+        f"run {planned.run}: {len(left)} of {len(planned.steps)} steps to do, on {places}; "
+        "steps share the cluster where they fit, otherwise one follows the other",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _show_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
+    if outcome.plan.is_cached:
+        console.print(f"Everything was there already ({seconds:.1f} s).", highlight=False)
+    else:
+        console.print(f"Finished in {seconds:.0f} s.", highlight=False)
+    if "evaluate" in outcome.manifests:
+        score = outcome.manifests["evaluate"]["metrics"]
+        console.print(
+            f"{score['metric']} {score['value']:.2f}   floor {score['floor']:.2f} (real images)   "
+            f"ceiling {score['ceiling']:.2f} (untrained)   lower is better",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if "promote" in outcome.manifests:
+        promotion = outcome.manifests["promote"]["metrics"]
+        word = "promoted" if promotion["promoted"] else "not promoted"
+        console.print(
+            f"version {promotion['version']} {word}: {promotion['reason']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if outcome.report:
+        console.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
+
+
+def _show_runs(console: Console, uri: str, documents: list[dict[str, Any]]) -> None:
+    if not documents:
+        console.print(f"There are no runs below {uri}.", soft_wrap=True)
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "outcome", "started", "steps"):
+        table.add_column(heading)
+    for document in documents:
+        last = document["executions"][-1]
+        done = sum(s["state"] in ("finished", "cached") for s in last["steps"].values())
+        table.add_row(
+            document["run"], last["outcome"], _local_time(last["started"]),
+            f"{done} of {len(last['steps'])}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _show_run(console: Console, document: dict[str, Any]) -> None:
+    last = document["executions"][-1]
+    console.print(
+        f"run {document['run']}: {last['outcome']}, started {_local_time(last['started'])}, "
+        f"{len(document['executions'])} execution(s)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if document["live"]:
+        holder = document["live"]
+        console.print(f"process {holder['pid']} on {holder['host']} is working on it")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("step", "state", "seconds", "because"):
+        table.add_column(heading, overflow="fold")
+    for name, step in last["steps"].items():
+        seconds = f"{step['seconds']:.1f}" if "seconds" in step else ""
+        table.add_row(name, step["state"], seconds, step.get("error") or step["reason"])
+    console.print(table)
+    if progress := document["progress"]:
+        console.print(
+            f"training is at step {progress['global_step']:,} of {progress['num_steps']:,}, "
+            f"{progress['images_per_s']:.0f} images/s, loss {progress['loss']:.4f}, "
+            f"{progress['seconds_left']:.0f} s left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _plan_json(planned: Plan) -> dict[str, Any]:
+    return {
+        "run": planned.run,
+        "steps": [
+            {"step": p.step.name, "action": p.action, "reason": p.reason, "key": p.key}
+            for p in planned.steps
+        ],
+    }
+
+
+def _outcome_json(outcome: Outcome, seconds: float) -> dict[str, Any]:
+    return {
+        **_plan_json(outcome.plan),
+        "seconds": seconds,
+        "report": outcome.report,
+        "metrics": {name: manifest["metrics"] for name, manifest in outcome.manifests.items()},
+    }
+
+
+def _local_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1))
+
+
+@contextlib.contextmanager
+def _errors_to_exit_codes(as_json: bool) -> Iterator[None]:
+    """The one place where errors become sentences and exit codes."""
+    try:
+        yield
+    except RaydiffusionError as error:
+        if as_json:
+            _print_json({"error": str(error), "exit_code": error.exit_code})
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo(
+            "Interrupted. Finished steps and checkpoints are kept; the same command continues.",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED_EXIT_CODE) from interrupt

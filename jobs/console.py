@@ -1,0 +1,131 @@
+"""How events look: bars on a terminal, quiet lines elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from pipeline.workflow import Event, PlannedStep
+
+LINE_EVERY_S = 10.0
+WAIT_LINE_EVERY_S = 5.0
+
+
+def show_plan(console: Console, run: str, steps: Sequence[PlannedStep]) -> None:
+    """Prints what would happen to each step, and why."""
+    table = Table(box=None, pad_edge=False, title=f"run {run}", title_justify="left")
+    table.add_column("step")
+    table.add_column("will")
+    table.add_column("because", overflow="fold")
+    styles = {"cached": "dim", "run": "bold", "extend": "bold"}
+    for p in steps:
+        word = {"cached": "be kept", "run": "run", "extend": "continue"}[p.action]
+        table.add_row(p.step.name, word, p.reason, style=styles[p.action])
+    console.print(table)
+
+
+class EventPrinter:
+    """Shows the events of a run. Use `live` around the run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told_at: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Shows bars while the block runs, if this is a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[details]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            self._bars = bars
+            try:
+                yield
+            finally:
+                self._bars = None
+                self._tasks.clear()
+
+    def observe(self, event: Event) -> None:
+        """Shows one event."""
+        fields = event.fields
+        match event.kind:
+            case "cached":
+                self._line(event.step, "kept", style="dim")
+            case "started":
+                word = "continues" if fields["action"] == "extend" else "runs"
+                self._line(event.step, f"{word}: {fields['reason']}")
+            case "finished":
+                self._drop_bar(event.step)
+                self._line(event.step, f"done in {fields['seconds']:.1f} s", style="green")
+            case "failed":
+                self._drop_bar(event.step)
+                self._line(event.step, "failed", style="red")
+            case "note":
+                self._line(event.step, fields["text"])
+            case "progress":
+                self._progress(event.step, fields)
+            case "waiting":
+                self.wait(fields["holder"], fields["left_s"], event.step)
+
+    def wait(self, holder: Mapping[str, Any], left_s: float, what: str = "run") -> None:
+        """Says who is waited for; the countdown runs only while the holder does not beat."""
+        if not self._is_due(f"wait {what}", WAIT_LINE_EVERY_S):
+            return
+        self._line(
+            what,
+            f"waiting for process {holder['pid']} on {holder['host']}; its lease ends in "
+            f"{left_s:.0f} s unless renewed",
+        )
+
+    def _progress(self, step: str, fields: Mapping[str, Any]) -> None:
+        details = _details(fields)
+        if self._bars is not None:
+            if step not in self._tasks:
+                self._tasks[step] = self._bars.add_task(step, details="")
+            self._bars.update(
+                self._tasks[step],
+                total=fields["total"],
+                completed=fields["done"],
+                details=details,
+            )
+        elif self._is_due(step, LINE_EVERY_S):
+            self._line(step, details)
+
+    def _drop_bar(self, step: str) -> None:
+        if self._bars is not None and step in self._tasks:
+            self._bars.remove_task(self._tasks.pop(step))
+
+    def _is_due(self, what: str, every_s: float) -> bool:
+        now = time.monotonic()
+        if now - self._told_at.get(what, -every_s) < every_s:
+            return False
+        self._told_at[what] = now
+        return True
+
+    def _line(self, step: str, text: str, style: str | None = None) -> None:
+        self.console.print(
+            f"{step:<10} {text}", style=style, highlight=False, markup=False, soft_wrap=True
+        )
+
+
+def _details(fields: Mapping[str, Any]) -> str:
+    parts = [f"{fields['done']:,} of {fields['total']:,} {fields['unit']}"]
+    if "rate" in fields:
+        parts.append(f"{fields['rate']:,.0f} {fields['rate_unit']}")
+    if "loss" in fields:
+        parts.append(f"loss {fields['loss']:.4f}")
+    if "left_s" in fields:
+        minutes, seconds = divmod(round(fields["left_s"]), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    return ", ".join(parts)

@@ -1,0 +1,188 @@
+"""Ray: whether the work fits, starting or joining a cluster, and leaving it.
+
+Ray is imported only here, in `preprocess`, `train` and where tasks are sent, and only once
+something has to run.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import ClusterError
+from pipeline.workflow import Resources
+
+PACKAGES = ("diffusion_core", "pipeline", "jobs")
+CONNECT_TIMEOUT_S = 10
+
+# Read by Ray where they must be set before it starts. Reports and polls twice a second instead
+# of every two; no metrics exporter, no preemption poller; starvation and a placement group that
+# never comes become errors in minutes, not half hours. See docs/decisions/0002-ray-train.md.
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster offers."""
+
+    cpus: int
+    gpus: int
+
+
+def local_nodes(config: Config) -> list[Node] | None:
+    """The nodes of the Ray that would be started here; None when a cluster is to be joined."""
+    if config.cluster.address is not None:
+        return None
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    cpus = config.cluster.num_cpus or available or os.cpu_count() or 1
+    return [Node(cpus=cpus, gpus=_local_gpus())]
+
+
+def check_fits(config: Config, nodes: list[Node]) -> None:
+    """Refuses, with the arithmetic, a training that the cluster could never start.
+
+    Raises:
+        ClusterError: fewer workers fit than are configured.
+    """
+    train = config.train
+    need = f"{train.cpus_per_worker} CPU{'s' if train.cpus_per_worker > 1 else ''}"
+    fits = 0
+    for node in nodes:
+        by_cpu = node.cpus // train.cpus_per_worker
+        fits += min(by_cpu, node.gpus) if train.use_gpu else by_cpu
+    if train.use_gpu:
+        need += " and 1 GPU"
+    if fits < train.num_workers:
+        have = ", ".join(
+            f"{n.cpus} CPUs" + (f" and {n.gpus} GPUs" if train.use_gpu else "") for n in nodes
+        )
+        raise ClusterError(
+            f"train.num_workers = {train.num_workers} workers of {need} each need a cluster that "
+            f"holds {train.num_workers} of them, and this one ({len(nodes)} node"
+            f"{'s' if len(nodes) != 1 else ''}: {have}) holds {fits}. "
+            + (f"Set train.num_workers = {fits}" if fits else "Lower train.cpus_per_worker")
+            + " or use a larger cluster."
+        )
+
+
+@contextlib.contextmanager
+def connect(config: Config) -> Iterator[list[Node]]:
+    """Joins the configured cluster, or starts Ray on this machine for the time of the block.
+
+    A Ray that this process already uses is used and left as it is.
+
+    Yields:
+        The nodes that are alive.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or started.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray(\.|$)")
+    import ray
+
+    if ray.is_initialized():
+        yield _alive_nodes(ray)
+        return
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray keeps sockets in its directory, whose path must be short.
+    with tempfile.TemporaryDirectory(prefix="raydiffusion-", ignore_cleanup_errors=True) as temp:
+        try:
+            if config.cluster.address is None:
+                nodes = local_nodes(config) or []
+                ray.init(
+                    num_cpus=nodes[0].cpus, include_dashboard=False, _temp_dir=temp, **common
+                )
+            else:
+                _check_reachable(config.cluster.address)
+                ray.init(config.cluster.address, runtime_env=_code(), **common)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise ClusterError(
+                f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. "
+                "Check cluster.address and that the cluster is up, or leave the address out to "
+                "start Ray here."
+            ) from error
+        try:
+            yield _alive_nodes(ray)
+        finally:
+            ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Fails within seconds where Ray's own client would retry for a minute."""
+    import socket
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like: Ray knows
+    with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S):
+        pass
+
+
+def _code() -> dict[str, Any]:
+    """This project's packages for the workers of a cluster that may not have them."""
+    root = Path(__file__).resolve().parent.parent
+    return {"py_modules": [str(root / name) for name in PACKAGES]}
+
+
+def _alive_nodes(ray: Any) -> list[Node]:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in alive]
+
+
+def total(nodes: list[Node]) -> Resources:
+    """The whole cluster's resources."""
+    return Resources(cpus=sum(n.cpus for n in nodes), gpus=sum(n.gpus for n in nodes))
+
+
+def _local_gpus() -> int:
+    """GPUs of this machine, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def send_task(function: Any, resources: Resources, *args: Any) -> Any:
+    """Runs a function of this project as one Ray task and returns its result.
+
+    Raises:
+        RaydiffusionError: what the function raised.
+        ClusterError: the task was lost more often than Ray retries it.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(function)
+    try:
+        return ray.get(task.remote(*args))
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise lost_task(error) from error
+
+
+def lost_task(error: Exception) -> ClusterError:
+    """The error for work that the cluster did not finish."""
+    return ClusterError(
+        f"The cluster lost a task: {str(error).strip().splitlines()[0]} Finished work is kept; "
+        "see that nodes have enough memory and run the same command again."
+    )

@@ -1,0 +1,158 @@
+"""From a config to a finished run: plan, preflight, Ray if it is needed, steps, record."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.cluster import Node, check_fits, connect, local_nodes, total
+from pipeline.config import Config
+from pipeline.leases import OnWait, hold_lease
+from pipeline.runs import RunRecord, last_identities, run_id
+from pipeline.sources import list_input_shards
+from pipeline.steps import STEP_NAMES, make_steps
+from pipeline.storage import Storage, check_writable, open_storage
+from pipeline.workflow import (
+    Observer,
+    PlannedStep,
+    Resources,
+    execute,
+    needed_for,
+    plan,
+    read_artifact,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command would do."""
+
+    run: str
+    storage: Storage
+    steps: list[PlannedStep]
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(p.action == "cached" for p in self.steps)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: the plan it followed, each step's manifest, where the report is."""
+
+    plan: Plan
+    manifests: dict[str, dict[str, Any]]
+    report: str | None
+
+
+def make_plan(config: Config, targets: Sequence[str] = STEP_NAMES) -> Plan:
+    """Looks at the shards and at what is done, and says what is left. Starts nothing.
+
+    Args:
+        config: the whole config.
+        targets: the steps wanted; what they rest on is planned too.
+
+    Raises:
+        DataError: the shards are missing, empty or no tar files.
+        StorageError: the root cannot be read.
+    """
+    storage = open_storage(config.storage.root)
+    shards = list_input_shards(config.data.sources, storage)
+    steps = make_steps(config, shards, total(local_nodes(config) or [Node(1, 0)]).cpus)
+    planned = plan(steps, storage, last_identities(storage, config.name))
+    return Plan(run_id(config, planned), storage, needed_for(planned, targets))
+
+
+def run_config(
+    config: Config,
+    targets: Sequence[str] = STEP_NAMES,
+    *,
+    observer: Observer,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_wait: OnWait | None = None,
+    wait_for_lease: bool = True,
+) -> Outcome:
+    """Brings the targets about: what is cached is kept, what was begun is continued.
+
+    Ray is started, or joined, only if a step has to run on it. The work is refused before
+    anything starts if the storage cannot be written or the cluster cannot hold it.
+
+    Args:
+        config: the whole config.
+        targets: the steps wanted.
+        observer: told what happens.
+        on_plan: told the plan that will be followed.
+        on_wait: told while another process holds the run.
+        wait_for_lease: for another process at the same run; otherwise leave at once.
+
+    Raises:
+        RaydiffusionError: with the sentence for the user and the exit code.
+    """
+    planned = make_plan(config, targets)
+    if not planned.is_cached:
+        _preflight(config, planned.storage)
+    with hold_lease(
+        planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait
+    ):
+        planned = make_plan(config, targets)  # another may have worked while we waited
+        on_plan(planned)
+        record = RunRecord(planned.storage, planned.run, config, planned.steps)
+
+        def observe(event: Any) -> None:
+            record.observe(event)
+            observer(event)
+
+        outcome = "failed"
+        try:
+            with _capacity(config, planned) as capacity:
+                manifests = execute(
+                    planned.steps,
+                    config,
+                    planned.storage,
+                    capacity=capacity,
+                    observer=observe,
+                    wait_for_lease=wait_for_lease,
+                )
+            outcome = "done"
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+            raise
+        finally:
+            record.close(outcome)
+        return Outcome(planned, manifests, _publish_report(planned, manifests))
+
+
+def _preflight(config: Config, storage: Storage) -> None:
+    check_writable(storage)
+    nodes = local_nodes(config)
+    if nodes is not None:
+        check_fits(config, nodes)
+    from pipeline.models import make_diffusion  # torch: only once something has to run
+
+    make_diffusion(config)
+
+
+@contextlib.contextmanager
+def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
+    """What the steps may use: a running Ray's resources, or none if no step asks for any."""
+    needs_ray = any(
+        p.action != "cached" and p.step.resources != Resources() for p in planned.steps
+    )
+    if not needs_ray:
+        yield Resources()
+        return
+    with connect(config) as nodes:
+        check_fits(config, nodes)
+        yield total(nodes)
+
+
+def _publish_report(planned: Plan, manifests: dict[str, dict[str, Any]]) -> str | None:
+    """Puts the report where the run is; the step's own copy stays with the step."""
+    if "report" not in manifests:
+        return None
+    path = f"runs/{planned.run}/report.html"
+    if not planned.storage.exists(path) or any(p.action != "cached" for p in planned.steps):
+        content = read_artifact(planned.storage, manifests["report"], "report.html")
+        planned.storage.replace(path, content)
+    return f"{planned.storage.uri}/{path}"

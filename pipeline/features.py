@@ -1,0 +1,192 @@
+"""The steps `features` and `reference`: the feature space of the score, and real images in it.
+
+Where no Inception weights can be had, a small classifier trained on the data set's labels is
+the extractor: its penultimate layer is the feature vector, and the score says so in its name.
+"""
+
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from pipeline.checkpoints import to_safetensors
+from pipeline.cluster import send_task
+from pipeline.config import FeaturesConfig
+from pipeline.errors import DataError
+from pipeline.loader import keyed_seed, open_split, sample_ids
+from pipeline.loop import torch_threads
+from pipeline.shards import ArrowImages
+from pipeline.storage import open_storage
+from pipeline.workflow import StepContext, read_artifact
+
+BATCH = 256
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier; `forward` gives the features, `head` the logits.
+
+    Called with uint8 images [N, C, H, W], as torchmetrics hands them on.
+    """
+
+    def __init__(self, channels: int, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, num_features),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_features, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.trunk(images.float() / 127.5 - 1)
+
+
+def train_extractor(context: StepContext) -> dict[str, Any]:
+    """Trains the classifier on the training split; its accuracy is that on validation.
+
+    Raises:
+        DataError: there are no labels to train on.
+    """
+    data = context.inputs["preprocess"]
+    labels = data["metrics"]["labels"]
+    if "none" in labels or len(labels) < 2:
+        raise DataError(
+            "The classifier that scores samples needs a label for every image and two classes "
+            f"or more, got {len(labels)} kinds of label with {labels.get('none', 0)} images "
+            "unlabelled. Put a .cls file beside each image in the shards."
+        )
+    result = send_task(
+        _train_classifier,
+        context.planned.step.resources,
+        context.storage.uri,
+        dict(data),
+        context.config.features.model_dump_json(),
+        context.planned.step.resources.cpus,
+    )
+    context.write_artifact("classifier.safetensors", result.pop("weights"))
+    context.note(f"held-out accuracy {result['validation_accuracy']:.1%}")
+    return result
+
+
+def measure_reference(context: StepContext) -> dict[str, Any]:
+    """Features of the real images, one array a shard and split, unaugmented."""
+    content, counts = send_task(
+        _extract_splits,
+        context.planned.step.resources,
+        context.storage.uri,
+        dict(context.inputs["preprocess"]),
+        dict(context.inputs["features"]),
+        context.planned.step.resources.cpus,
+    )
+    context.write_artifact("features.safetensors", content)
+    return {"counts": counts}
+
+
+def load_extractor(weights: bytes, facts: dict[str, Any]) -> Classifier:
+    """The trained classifier in eval mode.
+
+    Args:
+        weights: the artifact `classifier.safetensors`.
+        facts: the metrics of the step `features`.
+    """
+    model = Classifier(facts["channels"], facts["num_features"], facts["num_classes"])
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def extract(extractor: nn.Module, images: np.ndarray) -> np.ndarray:
+    """Features float32 [N, d] of uint8 images, in batches."""
+    parts = [
+        extractor(torch.from_numpy(images[i : i + BATCH])).float().numpy()
+        for i in range(0, len(images), BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+def quantise(x: Tensor) -> np.ndarray:
+    """Images in [-1, 1] as uint8, by rounding: what is stored and scored."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def _train_classifier(
+    storage_uri: str, data: dict[str, Any], settings: str, threads: int
+) -> dict[str, Any]:
+    config = FeaturesConfig.model_validate_json(settings)
+    storage = open_storage(storage_uri)
+    images = open_split(storage, data, "train")
+    held_out = open_split(storage, data, "validation")
+    num_classes = int(max(images.labels.max(), held_out.labels.max())) + 1
+    with torch_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed("classifier", config.seed))
+        model = Classifier(images.shape[0], config.width, num_classes)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.learning_rate, total_steps=config.num_steps
+        )
+        for step in range(config.num_steps):
+            positions = np.arange(config.batch_size) + step * config.batch_size
+            ids = sample_ids(config.seed, positions, len(images))
+            logits = model.head(model(torch.from_numpy(images.gather(ids))))
+            loss = F.cross_entropy(logits, torch.from_numpy(images.labels[ids]))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        return {
+            "extractor": "classifier",
+            "channels": images.shape[0],
+            "num_features": config.width,
+            "num_classes": num_classes,
+            "train_accuracy": _accuracy(model, images),
+            "validation_accuracy": _accuracy(model, held_out),
+            "weights": to_safetensors(model.state_dict()),
+        }
+
+
+@torch.inference_mode()
+def _accuracy(model: Classifier, images: ArrowImages) -> float:
+    features = extract(model, images.gather(np.arange(len(images))))
+    predicted = model.head(torch.from_numpy(features)).argmax(1).numpy()
+    return float((predicted == images.labels).mean())
+
+
+def _extract_splits(
+    storage_uri: str, data: dict[str, Any], features: dict[str, Any], threads: int
+) -> tuple[bytes, dict[str, int]]:
+    storage = open_storage(storage_uri)
+    weights = read_artifact(storage, features, "classifier.safetensors")
+    extractor = load_extractor(weights, features["metrics"])
+    arrays: dict[str, Tensor] = {}
+    counts = {}
+    with torch_threads(threads):
+        for split in ("train", "validation", "test"):
+            counts[split] = 0
+            for shard in data["metrics"]["shards"]:
+                if not shard["splits"][split]["count"]:
+                    continue
+                one_shard = {"metrics": {"shards": [shard]}}
+                images = open_split(storage, one_shard, split)
+                found = extract(extractor, images.gather(np.arange(len(images))))
+                arrays[f"{split}/{shard['input']}"] = torch.from_numpy(found)
+                counts[split] += len(found)
+    return safetensors.torch.save(arrays), counts
+
+
+def read_features(content: bytes, split: str) -> list[np.ndarray]:
+    """The features of a split, one float32 [N, d] array a shard, by shard name.
+
+    Args:
+        content: the artifact `features.safetensors` of the step `reference`.
+        split: `train`, `validation` or `test`.
+    """
+    arrays = safetensors.torch.load(content)
+    return [arrays[name].numpy() for name in sorted(arrays) if name.startswith(f"{split}/")]

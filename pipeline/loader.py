@@ -1,0 +1,102 @@
+"""Which image is when: the data order and the randomness of training as functions.
+
+Nothing here has state. The samples of a global batch follow from (seed, epoch, position) and
+all noise from (seed, step, rewinds, group of 16 positions), whatever the number of workers, so
+that a resumed run continues exactly and a split one sees the same.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import NOISE_GROUP
+from pipeline.shards import ArrowImages
+from pipeline.storage import Storage
+
+
+def open_split(storage: Storage, manifest: Mapping[str, Any], split: str) -> ArrowImages:
+    """Opens the images of one split of a preprocessed data set.
+
+    Args:
+        storage: the root.
+        manifest: of the step `preprocess`.
+        split: `train`, `validation` or `test`.
+    """
+    return ArrowImages(
+        [
+            storage.local_path(
+                f"{shard['directory']}/{split}.arrow", shard["splits"][split]["sha256"]
+            )
+            for shard in manifest["metrics"]["shards"]
+        ]
+    )
+
+
+def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:
+    """The sample at each position of the endless training order, epoch after epoch.
+
+    Every epoch is a permutation of its own, drawn from (seed, epoch).
+
+    Args:
+        seed: of the order.
+        positions: int64, counted from the beginning of training over all workers.
+        num_samples: in an epoch.
+    """
+    epochs = positions // num_samples
+    ids = np.empty(len(positions), np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        ids[here] = _epoch_order(seed, int(epoch), num_samples)[positions[here] % num_samples]
+    return ids
+
+
+def batch_positions(
+    global_step: int, global_batch_size: int, rank: int, world_size: int
+) -> np.ndarray:
+    """The positions of the training order that a rank takes at a step: a contiguous slice."""
+    share = global_batch_size // world_size
+    first = global_step * global_batch_size + rank * share
+    return np.arange(first, first + share)
+
+
+def draw_timesteps(key: tuple[int, ...], global_batch_size: int, num_timesteps: int) -> Tensor:
+    """Timesteps of the whole global batch, uniform, int64; every rank draws all of them."""
+    generator = _generator("timesteps", *key)
+    return torch.randint(num_timesteps, (global_batch_size,), generator=generator)
+
+
+def draw_noise(key: tuple[int, ...], groups: range, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of these groups of 16 positions of the global batch.
+
+    Args:
+        key: seed, global step, number of rewinds.
+        groups: numbers of the groups, counted through the global batch.
+        shape: of one sample.
+    """
+    return torch.cat(
+        [
+            torch.randn((NOISE_GROUP, *shape), generator=_generator("noise", *key, group))
+            for group in groups
+        ]
+    )
+
+
+def keyed_seed(*key: int | str) -> int:
+    """A 63-bit seed from a key; other keys give independent ones."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _generator(*key: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    bits = np.random.Philox(key=keyed_seed("order", seed, epoch))
+    return np.random.Generator(bits).permutation(num_samples)

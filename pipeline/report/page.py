@@ -1,0 +1,85 @@
+"""The step `report`: everything about a run on one page that needs no other file."""
+
+import io
+import json
+import time
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+
+from pipeline.models import make_diffusion
+from pipeline.report.plots import image_grid, loss_curve, schedule_curve, score_scale
+from pipeline.workflow import StepContext
+
+COLUMNS, SHOWN = 8, 64
+GRID_PX = 420  # about how wide a grid is drawn
+
+
+def report(context: StepContext) -> dict[str, Any]:
+    """Renders the page from the other steps' results."""
+    inputs, config = context.inputs, context.config
+    score = inputs["evaluate"]["metrics"]
+    pictures = safetensors.numpy.load(context.read_input("evaluate", "pictures.safetensors"))
+    samples = _read_images(context.read_input("evaluate", "samples.arrow"))
+    history = [
+        json.loads(line) for line in context.read_input("train", "metrics.jsonl").splitlines()
+    ]
+    resolution = config.data.resolution
+    grid_scale = max(1, GRID_PX // (COLUMNS * (resolution + 1)))
+    strip_scale = max(1, 2 * GRID_PX // (len(pictures["noising"]) * (resolution + 1)))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        config=config,
+        config_text=_config_text(config.model_dump(mode="json", exclude={"cluster", "storage"})),
+        score=score,
+        inputs=inputs,
+        data=inputs["preprocess"]["metrics"],
+        features=inputs["features"]["metrics"],
+        train=inputs["train"]["metrics"],
+        promotion=inputs["promote"]["metrics"],
+        timings=[(name, manifest["seconds"]) for name, manifest in inputs.items()],
+        versions=inputs["evaluate"]["versions"],
+        host=inputs["train"]["host"],
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        samples=image_grid(samples[:SHOWN], COLUMNS, grid_scale),
+        real=image_grid(pictures["real"][:SHOWN], COLUMNS, grid_scale),
+        noising=image_grid(pictures["noising"], len(pictures["noising"]), strip_scale),
+        denoising=image_grid(pictures["denoising"], len(pictures["denoising"]), strip_scale),
+        loss=loss_curve([h["global_step"] for h in history], [h["loss"] for h in history]),
+        schedule=schedule_curve(make_diffusion(config).schedule),
+        scale=score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),
+    )
+    context.write_artifact("report.html", page.encode())
+    return {"bytes": len(page)}
+
+
+def _read_images(content: bytes) -> np.ndarray:
+    table = pa.ipc.open_file(io.BytesIO(content)).read_all()
+    return table["image"].chunk(0).to_numpy_ndarray()
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    """A config as the TOML that would make it; what is not set is left out."""
+    top = [f"{k} = {json.dumps(v)}" for k, v in config.items() if not isinstance(v, dict)]
+    sections = [
+        f"\n[{name}]\n" + "\n".join(_toml_line(k, v) for k, v in section.items() if v is not None)
+        for name, section in config.items()
+        if isinstance(section, dict)
+    ]
+    return "\n".join([*top, *sections])
+
+
+def _toml_line(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        inner = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items())
+        return f"{key} = {{ {inner} }}" if inner else f"{key} = {{}}"
+    return f"{key} = {json.dumps(value)}"

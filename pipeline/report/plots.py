@@ -1,0 +1,95 @@
+"""The pictures of a report, as strings that go straight into the page."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffusion_core import NoiseSchedule
+
+INK, ACCENT, MUTED = "#1f2933", "#0b6e99", "#9aa5b1"
+SMOOTHED_SHARE = 0.05  # of the curve that one point of the smoothed line averages
+
+
+def image_grid(images: np.ndarray, columns: int, scale: int, gap: int = 1) -> str:
+    """A grid of uint8 images [N, C, H, W] as a PNG data URI, every pixel drawn scale x scale."""
+    rows = math.ceil(len(images) / columns)
+    _, channels, height, width = images.shape
+    canvas = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
+    )
+    for k, image in enumerate(images):
+        top, left = (k // columns) * (height + gap), (k % columns) * (width + gap)
+        pixels = image.transpose(1, 2, 0)
+        canvas[top : top + height, left : left + width] = (
+            pixels.repeat(3, axis=2) if channels == 1 else pixels
+        )
+    picture = Image.fromarray(canvas)
+    size = (picture.width * scale, picture.height * scale)
+    buffer = io.BytesIO()
+    picture.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
+    """The training loss, raw and smoothed, against optimiser steps, as SVG."""
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color=MUTED, linewidth=0.8, label="mean of 20 steps")
+    width = max(1, round(len(losses) * SMOOTHED_SHARE))
+    if width > 1:
+        kernel = np.ones(width) / width
+        smooth = np.convolve(losses, kernel, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=ACCENT, linewidth=1.8, label="smoothed")
+        axes.legend(frameon=False)
+    axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
+    axes.set_ylim(top=float(np.quantile(losses, 0.98)) * 1.5)
+    return _svg(figure)
+
+
+def schedule_curve(schedule: NoiseSchedule) -> str:
+    """Signal and noise scale, and log SNR, against the timestep, as SVG."""
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    t = torch.arange(schedule.num_train_timesteps)
+    left.plot(t, schedule.signal_scale, color=ACCENT, label="signal")
+    left.plot(t, schedule.noise_scale, color=INK, label="noise")
+    left.set(xlabel="timestep", title="scales")
+    left.legend(frameon=False)
+    right.plot(t, schedule.snr.log(), color=ACCENT)
+    right.axhline(0, color=MUTED, linewidth=0.8)
+    right.set(xlabel="timestep", title="log SNR")
+    return _svg(figure)
+
+
+def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
+    """Where a score lies between its floor and its ceiling, on a log axis, as SVG."""
+    figure = Figure(figsize=(8.4, 1.35), layout="constrained")
+    axes = figure.subplots()
+    low = max(min(value, floor) / 2, 1e-4)
+    axes.set(xscale="log", xlim=(low, max(value, ceiling) * 2), ylim=(-1, 1.6), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.axhline(0, color=MUTED, linewidth=1, zorder=0)
+    for x, label, colour in (
+        (floor, "real images", INK),
+        (value, f"this model: {value:.2f}", ACCENT),
+        (ceiling, "untrained", INK),
+    ):
+        axes.plot([max(x, low)], [0], "o", color=colour, markersize=9)
+        axes.annotate(label, (max(x, low), 0.5), ha="center", color=colour, fontsize=10)
+    axes.set_xlabel(f"{name} (lower is better, log scale)")
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,136 @@
+"""The record of a run: which steps, cached or run, why, how long; read by `status`.
+
+A run is a config with its data: the same config over the same shards is the same run, however
+often it is started. Its directory `runs/<name>-<8 hex>` holds `run.json`, `events.jsonl` and
+`report.html`; all three are written by the holder of the run's lease alone.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.leases import read_holder
+from pipeline.storage import Storage
+from pipeline.workflow import Event, PlannedStep
+
+
+def run_id(config: Config, planned: Sequence[PlannedStep]) -> str:
+    """The name of the run that this config and these shards make."""
+    return f"{config.name}-{planned[-1].key[:8]}"
+
+
+class RunRecord:
+    """Writes a run's record while it goes on. One writer: the holder of the run's lease."""
+
+    def __init__(
+        self, storage: Storage, run: str, config: Config, planned: Sequence[PlannedStep]
+    ) -> None:
+        self.storage, self.directory = storage, f"runs/{run}"
+        self._lock = threading.Lock()  # steps that run side by side report from threads
+        before = _read_json(storage, f"{self.directory}/run.json") or {"executions": []}
+        self._events = _read_text(storage, f"{self.directory}/events.jsonl")
+        self.document: dict[str, Any] = {
+            "run": run,
+            "name": config.name,
+            "config": config.model_dump(mode="json"),
+            "identities": {p.step.name: dict(p.identity) for p in planned},
+            "directories": {p.step.name: p.series_directory for p in planned},
+            "executions": before["executions"],
+        }
+        self._execution: dict[str, Any] = {
+            "started": time.time(),
+            "ended": None,
+            "outcome": "running",
+            "steps": {
+                p.step.name: {"state": "planned", "action": p.action, "reason": p.reason}
+                for p in planned
+            },
+        }
+        self.document["executions"].append(self._execution)
+        self._write()
+
+    def observe(self, event: Event) -> None:
+        """Takes an event of the workflow into the record."""
+        if event.kind in ("progress", "waiting"):
+            return  # for the screen; a live training also keeps `progress.json`
+        with self._lock:
+            step = self._execution["steps"][event.step]
+            if event.kind != "note":
+                step["state"] = event.kind
+                step |= {k: v for k, v in event.fields.items() if k in ("seconds", "error")}
+            line = {"time": time.time(), "event": event.kind, "step": event.step, **event.fields}
+            self._events += json.dumps(line) + "\n"
+            self._write()
+
+    def close(self, outcome: str) -> None:
+        """Ends this execution: `done`, `failed` or `interrupted`."""
+        self._execution |= {"ended": time.time(), "outcome": outcome}
+        self._write()
+
+    def _write(self) -> None:
+        self.storage.replace(f"{self.directory}/events.jsonl", self._events.encode())
+        self.storage.replace(
+            f"{self.directory}/run.json", json.dumps(self.document, indent=1).encode()
+        )
+
+
+def read_run(storage: Storage, run: str) -> dict[str, Any]:
+    """A run's record, with `live`: the holder of its lease if one is at work.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    document = _read_json(storage, f"runs/{run}/run.json")
+    if document is None:
+        known = ", ".join(list_runs(storage)[-5:]) or "none"
+        raise ConfigError(
+            f"There is no run {run!r} below {storage.uri}. The latest there: {known}."
+        )
+    holder = read_holder(storage, f"runs/{run}")
+    document["live"] = holder
+    last = document["executions"][-1]
+    if holder is None and last["outcome"] == "running":
+        last["outcome"] = "killed"
+    return document
+
+
+def list_runs(storage: Storage) -> list[str]:
+    """All runs below the root, the latest started last."""
+    found = []
+    for run in storage.list("runs"):
+        document = _read_json(storage, f"runs/{run}/run.json")
+        if document is not None:
+            found.append((document["executions"][-1]["started"], run))
+    return [run for _, run in sorted(found)]
+
+
+def last_identities(storage: Storage, name: str) -> Mapping[str, Any] | None:
+    """What determined each step in the latest run of this name, or None."""
+    for run in reversed(list_runs(storage)):
+        document = _read_json(storage, f"runs/{run}/run.json")
+        if document is not None and document["name"] == name:
+            return document["identities"]
+    return None
+
+
+def _read_text(storage: Storage, path: str) -> str:
+    try:
+        return storage.read(path).decode()
+    except FileNotFoundError:
+        return ""
+
+
+def _read_json(storage: Storage, path: str) -> dict[str, Any] | None:
+    text = _read_text(storage, path)
+    return json.loads(text) if text else None
+
+
+def read_progress(storage: Storage, document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How far the training of a live run is, or None."""
+    if not document["live"] or "train" not in document["directories"]:
+        return None
+    return _read_json(storage, f"{document['directories']['train']}/progress.json")

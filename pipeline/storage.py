@@ -1,0 +1,236 @@
+"""The storage root: a directory or any fsspec URI, written so that a reader never sees half.
+
+`create` makes a file that was not there, whole or not at all, and tells whether it did;
+`replace` swaps a file's content atomically. Everything durable in the project rests on these
+two. Paths are relative to the root, with forward slashes.
+"""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.errors import StorageError
+
+
+class Storage(Protocol):
+    """What steps may ask of the root. `uri` opens an equal one in another process."""
+
+    @property
+    def uri(self) -> str: ...
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Writes a new file whole; False, and nothing changed, when there is one already."""
+        ...
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Writes a file whole, over the one that may be there."""
+        ...
+
+    def read(self, path: str) -> bytes:
+        """The content; FileNotFoundError when there is none."""
+        ...
+
+    def exists(self, path: str) -> bool: ...
+
+    def list(self, directory: str) -> list[str]:
+        """Sorted names directly below a directory; empty when there is none."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a whole directory; nothing happens when there is none."""
+        ...
+
+    def local_path(self, path: str, sha256: str) -> Path:
+        """A local file with this content, to memory-map; remote ones are cached by hash."""
+        ...
+
+
+def open_storage(root: str) -> Storage:
+    """Opens a storage root by path or URI; nothing is created yet."""
+    if "://" in root and not root.startswith("file://"):
+        return ObjectStorage(root.rstrip("/"))
+    return LocalStorage(str(Path(root.removeprefix("file://")).expanduser().resolve()))
+
+
+def check_writable(storage: Storage) -> None:
+    """Proves that the root can be written and creates exclusively.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    probe = f"probes/{uuid.uuid4().hex}"
+    try:
+        created = storage.create(probe, b"1"), storage.create(probe, b"2")
+    finally:
+        with contextlib.suppress(StorageError):
+            storage.delete(probe)
+    if created != (True, False):
+        raise StorageError(
+            f"Storage at {storage.uri} does not refuse to overwrite, so that two runs could "
+            "destroy each other's work. Use a file system or object store that creates "
+            "exclusively."
+        )
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """A directory. New content is linked or renamed into place, which is atomic."""
+
+    uri: str
+
+    def create(self, path: str, content: bytes) -> bool:
+        with self._staged(path, content) as staged:
+            try:
+                os.link(staged, self._path(path))
+            except FileExistsError:
+                return False
+        return True
+
+    def replace(self, path: str, content: bytes) -> None:
+        with self._staged(path, content) as staged:
+            os.replace(staged, self._path(path))
+
+    def read(self, path: str) -> bytes:
+        with _as_storage_error("read", self._path(path)):
+            return self._path(path).read_bytes()
+
+    def exists(self, path: str) -> bool:
+        return self._path(path).exists()
+
+    def list(self, directory: str) -> list[str]:
+        try:
+            names = os.listdir(self._path(directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for name in names if not name.startswith(".staged-"))
+
+    def delete(self, path: str) -> None:
+        target = self._path(path)
+        with _as_storage_error("delete", target), contextlib.suppress(FileNotFoundError):
+            if target.is_dir():
+                import shutil
+
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+
+    def local_path(self, path: str, sha256: str) -> Path:
+        return self._path(path)
+
+    def _path(self, path: str) -> Path:
+        return Path(self.uri, path)
+
+    @contextlib.contextmanager
+    def _staged(self, path: str, content: bytes) -> Iterator[Path]:
+        """The content in a file of its own beside the target, removed afterwards."""
+        target = self._path(path)
+        staged = target.parent / f".staged-{uuid.uuid4().hex}"
+        with _as_storage_error("write", target):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:  # a file stands where the directory should
+                raise NotADirectoryError(error.errno, "a file is in the way") from error
+            try:
+                staged.write_bytes(content)
+                yield staged
+            finally:
+                staged.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class ObjectStorage:
+    """A prefix of an object store, through fsspec. Objects appear whole or not at all."""
+
+    uri: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def create(self, path: str, content: bytes) -> bool:
+        with _as_storage_error("write", self._path(path)):
+            try:
+                self._filesystem.pipe_file(self._path(path), content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def replace(self, path: str, content: bytes) -> None:
+        with _as_storage_error("write", self._path(path)):
+            self._filesystem.pipe_file(self._path(path), content)
+
+    def read(self, path: str) -> bytes:
+        with _as_storage_error("read", self._path(path)):
+            return self._filesystem.cat_file(self._path(path))
+
+    def exists(self, path: str) -> bool:
+        with _as_storage_error("look for", self._path(path)):
+            self._filesystem.invalidate_cache()
+            return self._filesystem.exists(self._path(path))
+
+    def list(self, directory: str) -> list[str]:
+        with _as_storage_error("list", self._path(directory)):
+            self._filesystem.invalidate_cache()
+            try:
+                names = self._filesystem.ls(self._path(directory), detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
+
+    def delete(self, path: str) -> None:
+        with (
+            _as_storage_error("delete", self._path(path)),
+            contextlib.suppress(FileNotFoundError),
+        ):
+            self._filesystem.rm(self._path(path), recursive=True)
+
+    def local_path(self, path: str, sha256: str) -> Path:
+        cached = Path("~/.cache/raydiffusion").expanduser() / sha256[:2] / sha256
+        if not cached.exists():
+            content = self.read(path)
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise damaged(self, path)
+            LocalStorage(str(cached.parent)).create(cached.name, content)
+        return cached
+
+    def _path(self, path: str) -> str:
+        return f"{self.uri}/{path}"
+
+    @property
+    def _filesystem(self) -> Any:
+        import fsspec  # only here: local roots must not pay for it
+
+        try:
+            # fsspec keeps one instance per process and options.
+            return fsspec.core.url_to_fs(self.uri, **self.options)[0]
+        except ImportError as error:
+            extra = "gcs" if self.uri.startswith(("gs:", "gcs:")) else "s3"
+            raise StorageError(
+                f"Storage at {self.uri} needs a library that is not installed ({error}). "
+                f"Install raydiffusion[{extra}]."
+            ) from error
+
+
+def damaged(storage: Storage, path: str) -> StorageError:
+    """The error for a file whose content is not what its manifest says."""
+    return StorageError(
+        f"{storage.uri}/{path} is missing or not what its manifest says. Delete the directory "
+        f"{path.rsplit('/', 1)[0]} below the storage root and run again: it is made anew."
+    )
+
+
+@contextlib.contextmanager
+def _as_storage_error(verb: str, path: str | Path) -> Iterator[None]:
+    """Lets FileNotFoundError and FileExistsError through: callers give them a meaning."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(
+            f"Cannot {verb} {path}: {reason}. Check the path, its permissions and free space, "
+            "or set storage.root to another place."
+        ) from error

@@ -1,0 +1,275 @@
+"""The step `train`: the loop of `loop.py` under Ray Train.
+
+Ray Train starts and watches the workers and replaces dead ones. It is given no checkpoint and
+no score: the project's own store is the truth, and a new worker group continues from it.
+Progress reaches the driver, and `status`, through `progress.json` in the storage root.
+"""
+
+import contextlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.checkpoints import CheckpointStore, to_safetensors
+from pipeline.config import Config
+from pipeline.errors import RaydiffusionError, StorageError, TrainingError
+from pipeline.loader import open_split
+from pipeline.loop import Progress, torch_threads, train_loop
+from pipeline.models import make_diffusion, make_unet
+from pipeline.storage import ObjectStorage, Storage, open_storage
+from pipeline.workflow import StepContext
+
+PROGRESS_EVERY_S = 1.0
+
+
+def train(context: StepContext) -> dict[str, Any]:
+    """Trains to `train.num_steps` and publishes the EMA weights and the loss history.
+
+    Raises:
+        TrainingError: workers failed more often than `train.max_failures`.
+    """
+    settings = {
+        "config": context.config.model_dump_json(),
+        "storage": context.storage.uri,
+        "directory": context.series_directory,
+        "data": json.dumps(context.inputs["preprocess"]),
+        "started": time.time(),
+    }
+    with _tell_progress(context):
+        _fit(context, settings)
+    num_steps = context.config.train.num_steps
+    checkpoint = CheckpointStore(context.storage, context.series_directory).load(num_steps)
+    if checkpoint is None:
+        raise TrainingError(
+            f"Training ended without a readable checkpoint at step {num_steps}. "
+            "Run the same command again; it continues from the one before."
+        )
+    context.write_artifact("ema.safetensors", to_safetensors(checkpoint.ema))
+    history = "".join(json.dumps(entry) + "\n" for entry in checkpoint.history)
+    context.write_artifact("metrics.jsonl", history.encode())
+    last = _read_progress(context.storage, context.series_directory) or {}
+    return {
+        "num_steps": num_steps,
+        "images_seen": checkpoint.history[-1]["images_seen"],
+        "loss": checkpoint.history[-1]["loss"],
+        "images_per_s": last.get("images_per_s"),
+        "resumed_from": last.get("resumed_from", num_steps),
+        "seconds_to_first_step": last.get("seconds_to_first_step"),
+        "num_parameters": sum(w.numel() for w in checkpoint.ema.values()),
+    }
+
+
+def train_in_process(
+    config: Config, storage: Storage, directory: str, data: dict[str, Any], **ranks: Any
+) -> list[dict[str, float]]:
+    """Runs the loop here, alone or as one rank of a process group that is already up.
+
+    Args:
+        config: the whole config.
+        storage: the root.
+        directory: of the checkpoints, below the root.
+        data: the manifest of the step `preprocess`.
+        **ranks: `rank`, `world_size`, `device`, `on_progress` of `train_loop`.
+    """
+    with torch_threads(config.train.cpus_per_worker):
+        return train_loop(
+            config.train,
+            make_unet(config, config.train.seed),
+            make_diffusion(config),
+            open_split(storage, data, "train"),
+            CheckpointStore(storage, directory),
+            **ranks,
+        )
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each worker of Ray Train runs."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    config = Config.model_validate_json(settings["config"])
+    storage = open_storage(settings["storage"])
+    notes = _CollectedWarnings()
+    logging.getLogger("pipeline").addHandler(notes)
+    told_at, first_step_s = 0.0, None
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal told_at, first_step_s
+        now = time.time()
+        if first_step_s is None:
+            first_step_s = now - settings["started"]
+        if now - told_at < PROGRESS_EVERY_S and progress.global_step < progress.num_steps:
+            return
+        told_at = now
+        document = asdict(progress) | {
+            "at": now,
+            "seconds_to_first_step": first_step_s,
+            "notes": notes.texts,
+        }
+        with contextlib.suppress(StorageError):  # only for the eye: the next one may pass
+            storage.replace(f"{settings['directory']}/progress.json", json.dumps(document).encode())
+
+    train_in_process(
+        config,
+        storage,
+        settings["directory"],
+        json.loads(settings["data"]),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        on_progress=on_progress,
+    )
+
+
+def _fit(context: StepContext, settings: dict[str, Any]) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig
+
+    train_config = context.config.train
+    # Ray's own records are of no use to us, and must not be found by a later attempt.
+    ray_directory = f"{context.series_directory}/ray"
+    context.storage.delete(ray_directory)
+    trainer = _make_trainer_class()(
+        _train_worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(
+            backend="nccl" if train_config.use_gpu else "gloo", timeout_s=600
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train_config.num_workers,
+            use_gpu=train_config.use_gpu,
+            resources_per_worker={"CPU": train_config.cpus_per_worker}
+            | ({"GPU": 1} if train_config.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex,
+            failure_config=ray.train.FailureConfig(
+                max_failures=train_config.max_failures, controller_failure_limit=3
+            ),
+            **_ray_storage(context.storage, ray_directory),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _explain(error) from error
+    finally:
+        with contextlib.suppress(RaydiffusionError):
+            context.storage.delete(ray_directory)
+
+
+def _make_trainer_class() -> Any:
+    """TorchTrainer without its placement-group cleaner; see docs/decisions/0002-ray-train.md.
+
+    The cleaner asks Ray's State API, which may not answer, and then holds up the end of every
+    fit() for 12 s. It guards against a controller that outlives its driver's placement group;
+    ours belongs to the driver and goes with it.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # pyright: ignore
+            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
+def _ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
+    path = f"{storage.uri}/{directory}"
+    if not isinstance(storage, ObjectStorage):
+        return {"storage_path": path}
+    import fsspec
+    import pyarrow.fs
+
+    filesystem, stripped = fsspec.core.url_to_fs(path, **storage.options)
+    handler = pyarrow.fs.FSSpecHandler(filesystem)
+    return {"storage_path": stripped, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}
+
+
+def _explain(error: Exception) -> RaydiffusionError:
+    """The user's error inside a worker's failure if there is one, else a TrainingError."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, RaydiffusionError):
+            return cause
+    rank, failure = next(iter(failures.items()), (None, error))
+    lines = [line for line in str(failure).strip().splitlines() if line.strip()]
+    where = f"on worker {rank} " if rank is not None else ""
+    return TrainingError(
+        f"Training failed {where}and its retries are used up: {lines[-1] if lines else failure!r}. "
+        "Checkpoints are kept; mend the cause and run the same command again."
+    )
+
+
+@contextlib.contextmanager
+def _tell_progress(context: StepContext) -> Iterator[None]:
+    """Passes on what rank 0 writes, from a thread of its own, while the block runs."""
+    stop = threading.Event()
+    context.storage.delete(f"{context.series_directory}/progress.json")
+
+    def watch() -> None:
+        told: tuple[int, int] | None = None
+        noted = 0
+        ended = False
+        while not ended:
+            ended = stop.wait(PROGRESS_EVERY_S)
+            document = _read_progress(context.storage, context.series_directory)
+            if document is None:
+                continue
+            now = (document["resumed_from"], document["global_step"])
+            if now == told:
+                continue
+            if told is None or told[0] != now[0]:
+                note = f"first step after {document['seconds_to_first_step']:.0f} s"
+                if now[0]:
+                    note += f", resumed from the checkpoint at step {now[0]:,}"
+                context.note(note)
+            for text in document["notes"][noted:]:
+                context.note(text)
+            noted, told = len(document["notes"]), now
+            context.progress(
+                document["global_step"],
+                document["num_steps"],
+                "steps",
+                rate=document["images_per_s"],
+                rate_unit="images/s",
+                loss=document["loss"],
+                left_s=document["seconds_left"],
+            )
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _read_progress(storage: Storage, directory: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(storage.read(f"{directory}/progress.json"))
+    except (FileNotFoundError, StorageError):
+        return None
+
+
+class _CollectedWarnings(logging.Handler):
+    """Keeps the warnings of a worker, so that they reach the person at the driver."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
