@@ -42,8 +42,7 @@ def ddim_step(
 
     Reference: Song et al., DDIM (2010.02502), eqs. 12 and 16.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, got {eta}. 0 is deterministic.")
+    _check_eta(eta)
     a_prev, b_prev = scales_at(diffusion.schedule, t_prev)
     variance = eta**2 * posterior_variance(diffusion.schedule, t, t_prev)
     direction = math.sqrt(max(b_prev**2 - variance, 0.0))
@@ -87,9 +86,10 @@ def sample_ddim(
     Raises:
         ValueError: num_steps, spacing or eta out of range; eta above 0 without a generator.
     """
+    _check_eta(eta)
     steps = make_timesteps(diffusion.num_train_timesteps, num_steps, spacing).tolist()
     x = x_T
-    for k, (t, t_prev) in enumerate(zip(steps, steps[1:] + [-1], strict=True), start=1):
+    for k, (t, t_prev) in enumerate(zip(steps, [*steps[1:], -1], strict=True), start=1):
         t_batch = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
         prediction = diffusion.predict(model, x, t_batch, clip_x_start=clip_x_start)
         noise = None if eta == 0 or t_prev < 0 else _draw_noise(x, generator)
@@ -113,6 +113,11 @@ def make_image_noise(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}. 0 is deterministic.")
 
 
 def _draw_noise(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -41,7 +41,7 @@ class NoiseSchedule:
 
     @property
     def alphas_cumprod(self) -> Float64[Tensor, " num_train_timesteps"]:
-        """abar = a^2, the share of the variance that is signal."""
+        """Abar = a^2, the share of the variance that is signal."""
         return self.signal_scale**2
 
     @property

@@ -99,7 +99,9 @@ class UNet(nn.Module):
                 else nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(dim_in * 4, dim_out, 1))
             )
             self.downs.append(
-                Level(block(dim_in, dim_in), block(dim_in, dim_in), attention(kind, dim_in), resample)
+                Level(
+                    block(dim_in, dim_in), block(dim_in, dim_in), attention(kind, dim_in), resample
+                )
             )
         self.mid_block1 = block(dims[-1], dims[-1])
         self.mid_attention = attention("full", dims[-1])

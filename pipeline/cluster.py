@@ -101,29 +101,36 @@ def connect(config: Config) -> Iterator[list[Node]]:
     if ray.is_initialized():
         yield _alive_nodes(ray)
         return
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray keeps sockets in its directory, whose path must be short.
+    # Ray keeps sockets in its directory, whose path must be short. It also puts the driver's
+    # directory before everything else on its workers' path: from an empty one, no `pipeline/`
+    # that a user happens to stand in can take our place.
     with tempfile.TemporaryDirectory(prefix="raydiffusion-", ignore_cleanup_errors=True) as temp:
         try:
-            if config.cluster.address is None:
-                nodes = local_nodes(config) or []
-                ray.init(
-                    num_cpus=nodes[0].cpus, include_dashboard=False, _temp_dir=temp, **common
-                )
-            else:
-                _check_reachable(config.cluster.address)
-                ray.init(config.cluster.address, runtime_env=_code(), **common)
+            with contextlib.chdir(temp):
+                _start_or_join(ray, config, temp)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             first = str(error).strip().split("\n")[0]
             raise ClusterError(
                 f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. "
-                "Check cluster.address and that the cluster is up, or leave the address out to "
-                "start Ray here."
+                "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the "
+                "token are its own, or leave the address out to start Ray here."
             ) from error
         try:
             yield _alive_nodes(ray)
         finally:
             ray.shutdown()
+
+
+def _start_or_join(ray: Any, config: Config, temp: str) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    nodes = local_nodes(config)
+    if nodes is not None:
+        ray.init(num_cpus=nodes[0].cpus, include_dashboard=False, _temp_dir=temp, **quiet)
+    else:
+        address = config.cluster.address
+        assert address is not None  # then there would be local nodes
+        _check_reachable(address)
+        ray.init(address, runtime_env=_code(), **quiet)
 
 
 def _check_reachable(address: str) -> None:

@@ -175,8 +175,9 @@ class Config(Section):
         faults = []
         if self.data.resolution % divisor:
             faults.append(
-                f"data.resolution must be divisible by {divisor} for the {len(self.model.dim_mults)}"
-                f" levels of model.dim_mults, got {self.data.resolution}. Change one of them."
+                f"data.resolution must be divisible by {divisor} for the "
+                f"{len(self.model.dim_mults)} levels of model.dim_mults, got "
+                f"{self.data.resolution}. Change one of them."
             )
         if self.evaluate.num_steps > self.diffusion.num_train_timesteps:
             faults.append(

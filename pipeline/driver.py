@@ -92,9 +92,7 @@ def run_config(
     planned = make_plan(config, targets)
     if not planned.is_cached:
         _preflight(config, planned.storage)
-    with hold_lease(
-        planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait
-    ):
+    with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
         planned = make_plan(config, targets)  # another may have worked while we waited
         on_plan(planned)
         record = RunRecord(planned.storage, planned.run, config, planned.steps)
@@ -136,9 +134,7 @@ def _preflight(config: Config, storage: Storage) -> None:
 @contextlib.contextmanager
 def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
     """What the steps may use: a running Ray's resources, or none if no step asks for any."""
-    needs_ray = any(
-        p.action != "cached" and p.step.resources != Resources() for p in planned.steps
-    )
+    needs_ray = any(p.action != "cached" and p.step.resources != Resources() for p in planned.steps)
     if not needs_ray:
         yield Resources()
         return

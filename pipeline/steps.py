@@ -91,4 +91,3 @@ def make_steps(config: Config, shards: Sequence[InputShard], cpus: int) -> list[
             inputs=("preprocess", "features", "reference", "train", "evaluate", "promote"),
         ),
     ]
-

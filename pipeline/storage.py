@@ -93,7 +93,7 @@ class LocalStorage:
 
     def replace(self, path: str, content: bytes) -> None:
         with self._staged(path, content) as staged:
-            os.replace(staged, self._path(path))
+            staged.replace(self._path(path))
 
     def read(self, path: str) -> bytes:
         with _as_storage_error("read", self._path(path)):
@@ -133,8 +133,12 @@ class LocalStorage:
         with _as_storage_error("write", target):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-            except FileExistsError as error:  # a file stands where the directory should
-                raise NotADirectoryError(error.errno, "a file is in the way") from error
+            except FileExistsError as error:
+                raise _refused(
+                    "write", target, "a file is where the directory should be"
+                ) from error
+            except FileNotFoundError as error:  # the parents cannot be made, as below /proc
+                raise _refused("write", target, "its directory cannot be made") from error
             try:
                 staged.write_bytes(content)
                 yield staged
@@ -229,8 +233,11 @@ def _as_storage_error(verb: str, path: str | Path) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError):
         raise
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"Cannot {verb} {path}: {reason}. Check the path, its permissions and free space, "
-            "or set storage.root to another place."
-        ) from error
+        raise _refused(verb, path, error.strerror or str(error)) from error
+
+
+def _refused(verb: str, path: str | Path, reason: str) -> StorageError:
+    return StorageError(
+        f"Cannot {verb} {path}: {reason}. Check the path, its permissions and free space, or set "
+        "storage.root to another place."
+    )

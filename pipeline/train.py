@@ -87,6 +87,34 @@ def train_in_process(
         )
 
 
+def train_rank(
+    rank: int,
+    world_size: int,
+    config_json: str,
+    storage_uri: str,
+    directory: str,
+    data_json: str,
+    port: int,
+) -> None:
+    """One rank of a training on this machine without Ray, over gloo on a local port."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    try:
+        train_in_process(
+            Config.model_validate_json(config_json),
+            open_storage(storage_uri),
+            directory,
+            json.loads(data_json),
+            rank=rank,
+            world_size=world_size,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
 def _train_worker(settings: dict[str, Any]) -> None:
     """What each worker of Ray Train runs."""
     import ray.train
@@ -138,9 +166,7 @@ def _fit(context: StepContext, settings: dict[str, Any]) -> None:
     trainer = _make_trainer_class()(
         _train_worker,
         train_loop_config=settings,
-        torch_config=TorchConfig(
-            backend="nccl" if train_config.use_gpu else "gloo", timeout_s=600
-        ),
+        torch_config=TorchConfig(backend="nccl" if train_config.use_gpu else "gloo", timeout_s=600),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train_config.num_workers,
             use_gpu=train_config.use_gpu,

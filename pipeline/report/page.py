@@ -15,7 +15,7 @@ from pipeline.report.plots import image_grid, loss_curve, schedule_curve, score_
 from pipeline.workflow import StepContext
 
 COLUMNS, SHOWN = 8, 64
-GRID_PX = 420  # about how wide a grid is drawn
+TILE_PX, STRIP_TILE_PX = 50, 88  # about how large one image is drawn
 
 
 def report(context: StepContext) -> dict[str, Any]:
@@ -27,9 +27,6 @@ def report(context: StepContext) -> dict[str, Any]:
     history = [
         json.loads(line) for line in context.read_input("train", "metrics.jsonl").splitlines()
     ]
-    resolution = config.data.resolution
-    grid_scale = max(1, GRID_PX // (COLUMNS * (resolution + 1)))
-    strip_scale = max(1, 2 * GRID_PX // (len(pictures["noising"]) * (resolution + 1)))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "templates"),
         autoescape=True,
@@ -50,10 +47,10 @@ def report(context: StepContext) -> dict[str, Any]:
         versions=inputs["evaluate"]["versions"],
         host=inputs["train"]["host"],
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        samples=image_grid(samples[:SHOWN], COLUMNS, grid_scale),
-        real=image_grid(pictures["real"][:SHOWN], COLUMNS, grid_scale),
-        noising=image_grid(pictures["noising"], len(pictures["noising"]), strip_scale),
-        denoising=image_grid(pictures["denoising"], len(pictures["denoising"]), strip_scale),
+        samples=image_grid(samples[:SHOWN], COLUMNS, TILE_PX),
+        real=image_grid(pictures["real"][:SHOWN], COLUMNS, TILE_PX),
+        noising=image_grid(pictures["noising"], len(pictures["noising"]), STRIP_TILE_PX),
+        denoising=image_grid(pictures["denoising"], len(pictures["denoising"]), STRIP_TILE_PX),
         loss=loss_curve([h["global_step"] for h in history], [h["loss"] for h in history]),
         schedule=schedule_curve(make_diffusion(config).schedule),
         scale=score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),

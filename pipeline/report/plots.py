@@ -16,24 +16,30 @@ INK, ACCENT, MUTED = "#1f2933", "#0b6e99", "#9aa5b1"
 SMOOTHED_SHARE = 0.05  # of the curve that one point of the smoothed line averages
 
 
-def image_grid(images: np.ndarray, columns: int, scale: int, gap: int = 1) -> str:
-    """A grid of uint8 images [N, C, H, W] as a PNG data URI, every pixel drawn scale x scale."""
-    rows = math.ceil(len(images) / columns)
-    _, channels, height, width = images.shape
-    canvas = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
+def image_grid(images: np.ndarray, columns: int, tile_px: int, gap_px: int = 4) -> str:
+    """A grid of uint8 images [N, C, H, W] as a PNG data URI.
+
+    Small images are enlarged smoothly to about `tile_px`, which is how an eye reads them; none
+    is made smaller.
+    """
+    tiles = [_tile(image, tile_px) for image in images]
+    width, height = tiles[0].size
+    rows = math.ceil(len(tiles) / columns)
+    canvas = Image.new(
+        "RGB", (columns * (width + gap_px) - gap_px, rows * (height + gap_px) - gap_px), "white"
     )
-    for k, image in enumerate(images):
-        top, left = (k // columns) * (height + gap), (k % columns) * (width + gap)
-        pixels = image.transpose(1, 2, 0)
-        canvas[top : top + height, left : left + width] = (
-            pixels.repeat(3, axis=2) if channels == 1 else pixels
-        )
-    picture = Image.fromarray(canvas)
-    size = (picture.width * scale, picture.height * scale)
+    for k, tile in enumerate(tiles):
+        canvas.paste(tile, (k % columns * (width + gap_px), k // columns * (height + gap_px)))
     buffer = io.BytesIO()
-    picture.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+    canvas.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _tile(image: np.ndarray, tile_px: int) -> Image.Image:
+    pixels = image.transpose(1, 2, 0)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+    scale = max(1, round(tile_px / picture.width))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
 
 
 def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
@@ -69,19 +75,19 @@ def schedule_curve(schedule: NoiseSchedule) -> str:
 
 def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
     """Where a score lies between its floor and its ceiling, on a log axis, as SVG."""
-    figure = Figure(figsize=(8.4, 1.35), layout="constrained")
+    figure = Figure(figsize=(10.5, 1.5), layout="constrained")
     axes = figure.subplots()
     low = max(min(value, floor) / 2, 1e-4)
-    axes.set(xscale="log", xlim=(low, max(value, ceiling) * 2), ylim=(-1, 1.6), yticks=[])
+    axes.set(xscale="log", xlim=(low, max(value, ceiling) * 2), ylim=(-1.5, 1.5), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.axhline(0, color=MUTED, linewidth=1, zorder=0)
-    for x, label, colour in (
-        (floor, "real images", INK),
-        (value, f"this model: {value:.2f}", ACCENT),
-        (ceiling, "untrained", INK),
+    for x, label, height, colour in (  # at two heights, for floor and value may be close
+        (floor, f"real images: {floor:.2f}", -1.1, INK),
+        (value, f"this model: {value:.2f}", 0.55, ACCENT),
+        (ceiling, f"untrained: {ceiling:.1f}", -1.1, INK),
     ):
         axes.plot([max(x, low)], [0], "o", color=colour, markersize=9)
-        axes.annotate(label, (max(x, low), 0.5), ha="center", color=colour, fontsize=10)
+        axes.annotate(label, (max(x, low), height), ha="center", color=colour, fontsize=10)
     axes.set_xlabel(f"{name} (lower is better, log scale)")
     return _svg(figure)
 

@@ -1,0 +1,43 @@
+# Everything runs in .venv, made from constraints.txt on first use.
+#
+#   make demo      train on examples/digits and write a report
+#   make test      lint, types and tests, about ten minutes at most
+#   make test-all  also the slow proofs
+#
+# PYTHON     the interpreter to make .venv with (3.11)
+# PIP_FLAGS  passed to pip, for example an index with another build of torch (see README.md)
+
+PYTHON ?= python3.11
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint setup clean
+
+demo: setup
+	$(BIN)/raydiffusion run examples/digits/digits.toml
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m "slow or not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+setup: $(VENV)/.complete
+
+# The mark is written last, so that an interrupted set-up starts again.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt pip setuptools
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt torch
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --no-build-isolation \
+		--editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,166 @@
+"""Fixtures, named by what they start or make."""
+
+import io
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ROOT / "examples" / "digits"
+
+TINY = """
+name = "tiny"
+[data]
+sources = ["{sources}"]
+resolution = 8
+mode = "L"
+validation_fraction = 0.1333
+test_fraction = 0.2
+[model]
+dim = 8
+dim_mults = [1, 2]
+attention = ["none", "none"]
+heads = 1
+head_dim = 8
+norm_groups = 4
+[diffusion]
+num_train_timesteps = 100
+[train]
+num_workers = 2
+num_steps = 300
+global_batch_size = 32
+checkpoint_every = 50
+warmup_steps = 10
+[features]
+width = 4
+num_steps = 100
+[evaluate]
+num_samples = 128
+num_steps = 10
+"""
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Path:
+    """A config file of a run that takes seconds, on the committed digits."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(sources=DIGITS / "digits-*.tar"))
+    return path
+
+
+@pytest.fixture
+def make_tar() -> Callable[..., Path]:
+    """Writes a tar of (member name, content) pairs."""
+
+    def make(path: Path, members: list[tuple[str, bytes]]) -> Path:
+        with tarfile.open(path, "w") as tar:
+            for name, content in members:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_png() -> Callable[..., bytes]:
+    """Encodes a PNG of random pixels, or of the given ones."""
+
+    def make(seed: int = 0, size: tuple[int, ...] = (8, 8)) -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `raydiffusion` in a process of its own and returns what it printed."""
+
+    def run(
+        *args: str, cwd: Path, timeout: float = 120, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [cli_program(), *args],
+            cwd=cwd,
+            env={**os.environ, "COLUMNS": "160", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kill_cli_at() -> Callable[..., list[str]]:
+    """Runs `raydiffusion` and SIGKILLs it once `is_time(line)` holds of what it prints."""
+
+    def run(
+        *args: str, cwd: Path, is_time: Callable[[str], bool], timeout: float = 120
+    ) -> list[str]:
+        process = subprocess.Popen(
+            [cli_program(), *args],
+            cwd=cwd,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        lines = []
+        assert process.stdout is not None
+        deadline = time.monotonic() + timeout
+        for line in process.stdout:
+            lines.append(line)
+            if is_time(line) or time.monotonic() > deadline:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait(timeout=10) == -signal.SIGKILL, "".join(lines)
+        return lines
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The one Ray cluster of a test run, two CPUs, in a process of its own; its address."""
+    # A token of its own: nothing in the home directory is read or written, and the processes that
+    # tests start have it from the environment.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    code = (
+        "import ray, sys, tempfile; "
+        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, "
+        "_temp_dir=tempfile.mkdtemp(prefix='raydiffusion-test-')); "
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    address = process.stdout.readline().strip()
+    assert address, "Ray did not start"
+    yield address
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(timeout=30)
+    del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+
+
+def cli_program() -> str:
+    """The installed console script beside this interpreter."""
+    return str(Path(sys.executable).parent / "raydiffusion")

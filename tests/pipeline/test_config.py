@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+
+MINIMAL = """
+name = "x"
+[data]
+sources = ["a.tar"]
+resolution = 32
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.train.num_workers == 1
+    assert config.data.sources == (str(tmp_path / "a.tar"),)
+
+
+def test_digits_is_valid() -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "digits" / "digits.toml")
+    assert config.name == "digits"
+
+
+def test_all_faults_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, MINIMAL + 'mdoe = "L"\n[train]\nlearning_rat = 1e-3\nnum_steps = "3"\n[modle]\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert "has 4 faults" in message
+    assert "data.mdoe is not a known key. Did you mean 'mode'?" in message
+    assert "train.learning_rat is not a known key. Did you mean 'learning_rate'?" in message
+    assert "modle is not a known key. Did you mean 'model'?" in message
+    assert "train.num_steps should be a valid integer, got '3'" in message
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.resolution is missing"):
+        load_config(write(tmp_path, 'name = "x"\n[data]\nsources = ["a.tar"]\n'))
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.num_steps=7", "train", "num_steps", 7),
+        ("train.learning_rate=1e-4", "train", "learning_rate", 1e-4),
+        ("diffusion.schedule=linear", "diffusion", "schedule", "linear"),
+        ('diffusion.schedule="linear"', "diffusion", "schedule", "linear"),
+        ("diffusion.schedule_options={s=0.01}", "diffusion", "schedule_options", {"s": 0.01}),
+        ("storage.root=s3://b/x", "storage", "root", "s3://b/x"),
+    ],
+)
+def test_set_overrides(
+    tmp_path: Path, override: str, section: str, key: str, value: object
+) -> None:
+    config = load_config(write(tmp_path, MINIMAL), [override])
+    assert getattr(getattr(config, section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_steps", "--set takes section.key=value"),
+        ("name.x=1", "'name' is no section"),
+        ("train.global_batch_size=24", "must be a multiple of 16 x num_workers = 16, got 24"),
+        ("data.resolution=30", "data.resolution must be divisible by 4"),
+        ("data.test_fraction=0.97", "must leave images to train on"),
+        ("evaluate.num_samples=100", "at least 10 x features.width = 160, got 100"),
+        ("evaluate.num_steps=2000", "must not exceed diffusion.num_train_timesteps = 1000"),
+        ("train.ema_decay=1.0", "train.ema_decay should be less than 1, got 1.0"),
+        ("model.dim_mults=[1,2]", "one kind for each of the 2 levels"),
+        ("name=a/b", "name should match pattern|name String should match pattern"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_a_missing_file_and_bad_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no config file at"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(write(tmp_path, "name = "))

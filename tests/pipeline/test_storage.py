@@ -1,0 +1,132 @@
+import hashlib
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage import Storage, check_writable, open_storage
+
+
+@pytest.fixture(scope="module")
+def moto_server() -> Iterator[str]:
+    """A server of the S3 protocol with one bucket, `bucket`; its endpoint."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def make_storage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Storage]:
+    """Opens the same root again and again: on disk, and on an S3 server."""
+    if request.param == "local":
+        return lambda: open_storage(str(tmp_path / "root"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("moto_server"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    filesystem = s3fs.S3FileSystem()
+    if not filesystem.exists("bucket"):
+        filesystem.mkdir("bucket")
+    return lambda: open_storage(f"s3://bucket/{tmp_path.name}")
+
+
+def test_create_is_exclusive_and_replace_is_not(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    assert storage.create("a/b.json", b"1")
+    assert not storage.create("a/b.json", b"2")
+    assert make_storage().read("a/b.json") == b"1"
+    storage.replace("a/b.json", b"3")
+    assert storage.read("a/b.json") == b"3"
+
+
+def test_one_of_many_creators_wins(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    storage.replace("warm", b"")
+    won: list[int] = []
+
+    def contend(k: int) -> None:
+        if storage.create("one", str(k).encode()):
+            won.append(k)
+
+    threads = [threading.Thread(target=contend, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read("one") == str(won[0]).encode()
+
+
+def test_lists_and_deletes(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    assert storage.list("d") == []
+    for name in ("d/2", "d/1", "d/sub/3"):
+        storage.replace(name, b"x")
+    assert storage.list("d") == ["1", "2", "sub"]
+    assert storage.exists("d/sub/3")
+    storage.delete("d")
+    storage.delete("d")
+    assert not storage.exists("d/1")
+    with pytest.raises(FileNotFoundError):
+        storage.read("d/1")
+
+
+def test_local_path_has_the_content(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    storage.replace("x.arrow", b"content")
+    sha256 = hashlib.sha256(b"content").hexdigest()
+    assert storage.local_path("x.arrow", sha256).read_bytes() == b"content"
+
+
+def test_check_writable_leaves_nothing(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    check_writable(storage)
+    assert storage.list("probes") == []
+
+
+def test_opens_again_in_another_process(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    storage.replace("x", b"1")
+    assert pickle.loads(pickle.dumps(storage)).read("x") == b"1"
+    assert open_storage(storage.uri).read("x") == b"1"
+
+
+def test_a_root_below_a_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in ("file", "file/root"):
+        with pytest.raises(StorageError, match=r"Cannot write .*: Not a directory\. Check the"):
+            check_writable(open_storage(str(tmp_path / root)))
+
+
+def test_a_file_where_a_directory_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "steps").write_text("")
+    with pytest.raises(
+        StorageError, match=r"Cannot write .*: a file is where the directory should be"
+    ):
+        open_storage(str(tmp_path)).create("steps/x", b"")
+
+
+def test_a_failed_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(StorageError, match=r"No space left on device\. Check the path"):
+        storage.create("a", b"x")
+    assert list(tmp_path.iterdir()) == []

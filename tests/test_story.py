@@ -1,0 +1,220 @@
+"""The whole path on a real Ray with two gloo workers: killed in every step, and finished.
+
+One Ray cluster and two `fit()`s for everything here, so the tests share one run.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config import load_config
+from pipeline.driver import make_plan
+from pipeline.registry import Registry
+from pipeline.storage import LocalStorage
+from pipeline.train import train_in_process
+from pipeline.workflow import read_artifact, read_manifest
+
+from .conftest import DIGITS, TINY
+
+STEPS = ("preprocess", "features", "reference", "train", "evaluate")
+
+
+class Story:
+    """A run on the shared cluster, killed in each step on the way."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self.directory = directory
+        self.config_path = directory / "tiny.toml"
+        self.config_path.write_text(TINY.format(sources=DIGITS / "digits-*.tar"))
+        # A package of the name in the directory where jobs are started must not matter.
+        (directory / "pipeline").mkdir()
+        (directory / "pipeline" / "__init__.py").write_text("raise RuntimeError('not ours')")
+        self.arguments = (str(self.config_path), "--set", f"cluster.address={address}")
+        self.killed: dict[str, list[str]] = {}
+        self.last: dict[str, Any] = {}
+        self.last_lines = ""
+
+    def manifest(self, step: str) -> dict[str, Any]:
+        config = load_config(self.config_path, [f"storage.root={self.directory / 'runs'}"])
+        planned = {p.step.name: p for p in make_plan(config).steps}
+        manifest = read_manifest(self.storage, step, planned[step].key)
+        assert manifest is not None
+        return manifest
+
+    @property
+    def storage(self) -> LocalStorage:
+        return LocalStorage(str(self.directory / "runs"))
+
+
+@pytest.fixture(scope="module")
+def story(
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_cluster: str,
+    kill_cli_at: Callable[..., list[str]],
+    run_cli: Callable[..., Any],
+) -> Story:
+    """Starts the run six times: five are killed, each in its step, the sixth finishes."""
+    told = Story(tmp_path_factory.mktemp("story"), ray_cluster)
+
+    def is_in(step: str) -> Callable[[str], bool]:
+        if step == "train":  # not at its start but with checkpoints behind it
+            checkpoints = told.directory / "runs" / "steps" / "train"
+            return lambda line: bool(
+                re.match(r"train +\d+ of", line)
+                and list(checkpoints.glob("*/checkpoints/*/manifest.json"))
+            )
+        return lambda line: line.startswith(f"{step:<10} runs")
+
+    for step in STEPS:
+        told.killed[step] = kill_cli_at(
+            "run", *told.arguments, cwd=told.directory, is_time=is_in(step)
+        )
+    done = run_cli("run", *told.arguments, "--json", cwd=told.directory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told.last, told.last_lines = json.loads(done.stdout), done.stderr
+    return told
+
+
+def test_every_start_continues_where_the_last_was_killed(story: Story) -> None:
+    for index, step in enumerate(STEPS):
+        lines = story.killed[step]
+        kept = [line.split()[0] for line in lines if line.rstrip().endswith("kept")]
+        # The start before was killed one step earlier; that step runs again, those before do not.
+        assert kept == list(STEPS[: max(index - 1, 0)]), "".join(lines)
+        assert not any("waiting for process" in line for line in lines)
+
+
+def test_training_continued_from_a_checkpoint(story: Story) -> None:
+    text = "".join(story.killed["evaluate"])
+    assert re.search(r"train +continues: continues from the checkpoint at step \d+", text), text
+    assert story.manifest("train")["metrics"]["resumed_from"] >= 50
+
+
+def test_killed_and_resumed_on_two_workers_equals_one_process(story: Story, tmp_path: Path) -> None:
+    config = load_config(story.config_path)
+    storage = LocalStorage(str(tmp_path))
+    story_data = story.manifest("preprocess")
+    for shard in story_data["metrics"]["shards"]:
+        for split in shard["splits"]:
+            content = story.storage.read(f"{shard['directory']}/{split}.arrow")
+            storage.replace(f"{shard['directory']}/{split}.arrow", content)
+    train_in_process(config, storage, "alone", story_data)
+    alone = CheckpointStore(storage, "alone").load(config.train.num_steps)
+    assert alone is not None
+    content = read_artifact(story.storage, story.manifest("train"), "ema.safetensors")
+    for name, weight in safetensors.torch.load(content).items():
+        assert torch.allclose(weight, alone.ema[name], atol=1e-3), name
+    history = read_artifact(story.storage, story.manifest("train"), "metrics.jsonl")
+    losses = [json.loads(line)["loss"] for line in history.splitlines()]
+    assert losses == pytest.approx([entry["loss"] for entry in alone.history], rel=1e-2)
+
+
+def test_the_score_has_its_protocol_floor_and_ceiling(story: Story) -> None:
+    score = story.last["metrics"]["evaluate"]
+    assert score["metric"] == "fid[classifier]"
+    assert 0 < score["floor"] < score["value"] < score["ceiling"]
+    assert score["protocol"]["num_samples"] == 128
+    assert score["protocol"]["reference_split"] == "test"
+    assert score["protocol"]["reference_count"] == 297
+    assert story.last["metrics"]["features"]["validation_accuracy"] > 0.5
+
+
+def test_a_third_of_the_images_is_held_out(story: Story) -> None:
+    counts = story.last["metrics"]["preprocess"]["counts"]
+    held_out = counts["validation"] + counts["test"]
+    assert sum(counts.values()) == 1438
+    assert held_out / 1438 == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_the_first_version_is_champion(story: Story) -> None:
+    champion = Registry(story.storage, "tiny").champion()
+    assert champion is not None
+    assert champion["number"] == 1
+    assert champion["score"] == story.last["metrics"]["evaluate"]
+    assert champion["lineage"]["train"] == story.manifest("train")["key"]
+
+
+def test_the_report_needs_no_other_file(story: Story) -> None:
+    text = Path(story.last["report"]).read_text()
+    assert "fid[classifier]" in text
+    assert text.count("data:image/png;base64,") == 4
+    assert text.count("<svg") == 3
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
+    for name in ("reference_count", "extractor_sha256", "spacing", "torchmetrics"):
+        assert name in text
+
+
+def test_nothing_is_left_half_written(story: Story) -> None:
+    root = story.directory / "runs"
+    assert list(root.rglob(".staged-*")) == []
+    assert list(root.glob("steps/*/*/chunks")) == []
+    assert list(root.glob("steps/train/*/ray")) == []
+    executions = json.loads((Path(story.last["report"]).parent / "run.json").read_text())[
+        "executions"
+    ]
+    assert len(executions) == 6
+    assert executions[-1]["outcome"] == "done"
+
+
+def test_the_same_again_finds_everything_without_ray(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    # An address where nothing listens: starting or joining Ray would fail.
+    done = run_cli(
+        "run", str(story.config_path), "--set", "cluster.address=127.0.0.1:1",
+        cwd=story.directory, timeout=20,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Everything was there already" in done.stdout
+    assert done.stdout.count("kept") == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=2e-3", "cached cached cached run run run run"),
+        ("train.num_steps=400", "cached cached cached extend run run run"),
+        ("train.num_workers=1", "cached cached cached cached cached cached cached"),
+        ("evaluate.num_steps=5", "cached cached cached cached run run run"),
+        ("features.width=5", "cached run run cached run run run"),
+        ("data.test_fraction=0.3", "run run run run run run run"),
+    ],
+)
+def test_a_changed_setting_reruns_what_rests_on_it(
+    story: Story, run_cli: Callable[..., Any], override: str, expected: str
+) -> None:
+    done = run_cli("plan", str(story.config_path), "--json", "--set", override, cwd=story.directory)
+    steps = json.loads(done.stdout)["steps"]
+    assert [s["action"] for s in steps] == expected.split()
+    section = override.split(".")[0]
+    changed = next((s for s in steps if s["action"] == "run"), None)
+    if changed is not None and "extend" not in expected:
+        assert f"{override.split('=')[0]} changed from" in changed["reason"], section
+
+
+def test_a_new_shard_reruns_one_unit(story: Story, run_cli: Callable[..., Any]) -> None:
+    sources = [str(DIGITS / "digits-*.tar"), str(DIGITS / "later" / "*.tar")]
+    done = run_cli(
+        "plan", str(story.config_path), "--json", "--set", f"data.sources={json.dumps(sources)}",
+        cwd=story.directory,
+    )  # fmt: skip
+    first = json.loads(done.stdout)["steps"][0]
+    assert first["action"] == "run"
+    assert "shards changed" in first["reason"]
+
+
+def test_status_says_what_ran(story: Story, run_cli: Callable[..., Any]) -> None:
+    everything = run_cli("status", cwd=story.directory)
+    assert story.last["run"] in everything.stdout
+    one = run_cli("status", story.last["run"], cwd=story.directory)
+    assert "done" in one.stdout
+    assert "is working on it" not in one.stdout
+    for step in STEPS:
+        assert step in one.stdout
