@@ -32,8 +32,9 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Moves the average one optimiser step: ema = d ema + (1 - d) weights."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages = list(self.model.parameters())
-        torch._foreach_lerp_(averages, list(model.parameters()), 1 - decay)
+        averages: list[Tensor] = list(self.model.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore  (no public name)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
         self.num_updates += 1

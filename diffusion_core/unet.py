@@ -5,8 +5,9 @@ level, pixel-unshuffle down, nearest upsample and convolution up, a skip from ev
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -136,14 +137,14 @@ class UNet(nn.Module):
         time = self.time_embedding(t)
         x = first = self.init_conv(x_t)
         skips: list[Tensor] = []
-        for level in self.downs:
+        for level in cast("Iterable[Level]", self.downs):
             x = level.block1(x, time)
             skips.append(x)
             x = level.attention(level.block2(x, time))
             skips.append(x)
             x = level.resample(x)
         x = self.mid_block2(self.mid_attention(self.mid_block1(x, time)), time)
-        for level in self.ups:
+        for level in cast("Iterable[Level]", self.ups):
             x = level.block1(torch.cat([x, skips.pop()], dim=1), time)
             x = level.block2(torch.cat([x, skips.pop()], dim=1), time)
             x = level.resample(level.attention(x))

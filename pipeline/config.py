@@ -32,7 +32,7 @@ class Section(BaseModel):
 class StorageConfig(Section):
     """Where everything is kept."""
 
-    root: str = Field("runs", min_length=1, description="directory or fsspec URI")
+    root: str = Field(default="runs", min_length=1, description="directory or fsspec URI")
 
 
 class DataConfig(Section):
@@ -42,10 +42,12 @@ class DataConfig(Section):
         min_length=1, description="tar shards: paths or globs, relative to the config file"
     )
     resolution: Positive = Field(description="side of the square images in pixels")
-    mode: Literal["L", "RGB"] = Field("RGB", description="grey or colour")
-    validation_fraction: Fraction = Field(0.05, description="share held out for choices")
-    test_fraction: Fraction = Field(0.05, description="share held out for the final score")
-    max_bad_fraction: Fraction = Field(0.01, description="share of images that may be refused")
+    mode: Literal["L", "RGB"] = Field(default="RGB", description="grey or colour")
+    validation_fraction: Fraction = Field(default=0.05, description="share held out for choices")
+    test_fraction: Fraction = Field(default=0.05, description="share held out for the final score")
+    max_bad_fraction: Fraction = Field(
+        default=0.01, description="share of images that may be refused"
+    )
 
     @property
     def channels(self) -> int:
@@ -66,7 +68,7 @@ class ModelConfig(Section):
     """The U-Net; see `diffusion_core.UNetConfig` for the meaning of each."""
 
     dim: Positive = 64
-    dim_mults: tuple[Positive, ...] = Field((1, 2, 4), min_length=1)
+    dim_mults: tuple[Positive, ...] = Field(default=(1, 2, 4), min_length=1)
     attention: tuple[Literal["none", "full"], ...] = ("none", "none", "full")
     heads: Positive = 4
     head_dim: Positive = 32
@@ -96,24 +98,26 @@ class DiffusionConfig(Section):
     num_train_timesteps: Positive = 1000
     objective: Literal["pred_noise", "pred_x0", "pred_v"] = "pred_v"
     weighting: Literal["uniform", "snr", "min_snr"] = "uniform"
-    gamma: float = Field(5.0, gt=0)
+    gamma: float = Field(default=5.0, gt=0)
 
 
 class TrainConfig(Section):
     """How the network is trained."""
 
-    num_workers: Positive = Field(1, description="data-parallel workers")
+    num_workers: Positive = Field(default=1, description="data-parallel workers")
     cpus_per_worker: Positive = 1
     use_gpu: bool = False
-    num_steps: Positive = Field(10_000, description="optimiser steps; raising it extends a run")
-    global_batch_size: Positive = Field(64, description="over all workers")
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    num_steps: Positive = Field(
+        default=10_000, description="optimiser steps; raising it extends a run"
+    )
+    global_batch_size: Positive = Field(default=64, description="over all workers")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: Fraction = 0.999
-    checkpoint_every: Positive = Field(500, description="optimiser steps")
-    max_failures: int = Field(2, ge=0, description="times a dead worker is replaced")
+    checkpoint_every: Positive = Field(default=500, description="optimiser steps")
+    max_failures: int = Field(default=2, ge=0, description="times a dead worker is replaced")
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -131,10 +135,10 @@ class TrainConfig(Section):
 class FeaturesConfig(Section):
     """The classifier whose penultimate layer is the feature space of the score."""
 
-    width: int = Field(16, ge=2, le=512, description="number of features")
+    width: int = Field(default=16, ge=2, le=512, description="number of features")
     num_steps: Positive = 600
     batch_size: Positive = 128
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     seed: Seed = 0
 
 
@@ -142,9 +146,9 @@ class EvaluateConfig(Section):
     """The protocol of the score."""
 
     num_samples: Positive = 1024
-    num_steps: Positive = Field(50, description="DDIM steps")
+    num_steps: Positive = Field(default=50, description="DDIM steps")
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: float = Field(default=0.0, ge=0, le=1)
     clip_x_start: bool = True
     seed: Seed = 0
 
@@ -152,22 +156,26 @@ class EvaluateConfig(Section):
 class ClusterConfig(Section):
     """Where the work runs: a Ray started here, or one that is there."""
 
-    address: str | None = Field(None, description="of a running Ray cluster; none starts Ray here")
-    num_cpus: Positive | None = Field(None, description="of the Ray started here; none is all")
+    address: str | None = Field(
+        default=None, description="of a running Ray cluster; none starts Ray here"
+    )
+    num_cpus: Positive | None = Field(
+        default=None, description="of the Ray started here; none is all"
+    )
 
 
 class Config(Section):
     """Everything that determines a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="of the model")
-    storage: StorageConfig = StorageConfig.model_construct(root="runs")
+    storage: StorageConfig = StorageConfig()
     data: DataConfig
-    model: ModelConfig = ModelConfig.model_construct()
-    diffusion: DiffusionConfig = DiffusionConfig.model_construct()
-    train: TrainConfig = TrainConfig.model_construct()
-    features: FeaturesConfig = FeaturesConfig.model_construct()
-    evaluate: EvaluateConfig = EvaluateConfig.model_construct()
-    cluster: ClusterConfig = ClusterConfig.model_construct()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _agree_across_sections(self) -> Self:

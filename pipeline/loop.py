@@ -67,7 +67,8 @@ def train_loop(
         The loss history: `global_step`, `loss` and `images_seen`, one entry for 20 steps.
     """
     device = device or torch.device("cpu")
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     diffusion = diffusion.to(device)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -77,7 +78,9 @@ def train_loop(
         fused=True,
     )
     first_step, history = _resume(config, model, ema, optimizer, store, rank, world_size, device)
-    replica = DistributedDataParallel(model) if world_size > 1 else model
+    replica = (
+        DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    )
     replica.train()
     losses: list[Tensor] = []
     clock = _Clock(first_step)

@@ -8,6 +8,7 @@ unchanged shard is never read again. The step's own manifest adds the units up.
 import hashlib
 import io
 import json
+import logging
 import tarfile
 import time
 from collections import Counter
@@ -111,6 +112,7 @@ def _run_ray_data(context: StepContext, missing: list[InputShard], units: dict[s
     import ray.data
     from ray.exceptions import RayError
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is ours to tell
     options = ray.data.DataContext.get_current()
     options.enable_progress_bars = False
     options.print_on_execution_start = False

