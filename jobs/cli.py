@@ -5,6 +5,8 @@ Nothing imported here imports torch or Ray: a command with nothing to do answers
 
 import contextlib
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,9 +269,10 @@ def _errors_to_exit_codes(as_json: bool) -> Iterator[None]:
             _print_json({"error": str(error), "exit_code": error.exit_code})
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
         typer.echo(
             "Interrupted. Finished steps and checkpoints are kept; the same command continues.",
             err=True,
         )
-        raise typer.Exit(INTERRUPTED_EXIT_CODE) from interrupt
+        sys.stdout.flush()
+        os._exit(INTERRUPTED_EXIT_CODE)  # threads of running steps must not hold us up

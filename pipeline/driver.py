@@ -113,7 +113,7 @@ def run_config(
                     wait_for_lease=wait_for_lease,
                 )
             outcome = "done"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
             outcome = "interrupted"
             raise
         finally:

@@ -77,7 +77,7 @@ def train_loop(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    first_step, history = _resume(config, model, ema, optimizer, store, rank, world_size, device)
+    first_step, history = _resume(config, model, ema, optimizer, store, rank, world_size)
     replica = (
         DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     )
@@ -184,7 +184,6 @@ def _resume(
     store: CheckpointStore,
     rank: int,
     world_size: int,
-    device: torch.device,
 ) -> tuple[int, list[dict[str, float]]]:
     """Loads the latest checkpoint on every rank; rank 0 says which, so that all agree."""
     checkpoint = store.load_latest(config.num_steps) if rank == 0 else None

@@ -120,6 +120,8 @@ class LocalStorage:
                 target.unlink()
 
     def local_path(self, path: str, sha256: str) -> Path:
+        if not self._path(path).exists():
+            raise damaged(self, path)
         return self._path(path)
 
     def _path(self, path: str) -> Path:

@@ -222,7 +222,8 @@ def execute(
     waiting = list(planned)
     running: dict[Future[dict[str, Any]], PlannedStep] = {}
     failure: BaseException | None = None
-    with ThreadPoolExecutor(max_workers=len(planned), thread_name_prefix="step") as pool:
+    pool = ThreadPoolExecutor(max_workers=len(planned), thread_name_prefix="step")
+    try:
         while (waiting and failure is None) or running:
             for p in list(waiting) if failure is None else []:
                 ready = all(name in manifests for name in p.step.inputs)
@@ -242,6 +243,9 @@ def execute(
                 else:
                     observer(Event("failed", p.step.name, {"error": str(error)}))
                     failure = failure or error
+    finally:
+        # Interrupted, the threads of running steps end with the process; nobody waits for them.
+        pool.shutdown(wait=not running, cancel_futures=True)
     if failure is not None:
         raise failure
     return manifests

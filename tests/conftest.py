@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,6 +57,14 @@ def tiny_config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY.format(sources=DIGITS / "digits-*.tar"))
     return path
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Switches off the tests' own type checks, to see what a user would be told."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -97,6 +97,7 @@ def test_data_is_timestep_minus_one() -> None:
     assert posterior_variance(SCHEDULE, 3, -1) == 0
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_unknown_objective_and_weighting_are_refused() -> None:
     with pytest.raises(ValueError, match="objective must be one of"):
         Diffusion(SCHEDULE, "pred_score")  # pyright: ignore

@@ -84,7 +84,9 @@ def test_unknown_option_is_named() -> None:
 
 
 def test_betas_above_one_are_refused_with_the_index() -> None:
-    with pytest.raises(ValueError, match=r"beta\[5\] = 1.116, and every beta must lie between 0 and 1"):
+    with pytest.raises(
+        ValueError, match=r"beta\[5\] = 1.116, and every beta must lie between 0 and 1"
+    ):
         make_schedule("linear", 10)
 
 

@@ -53,6 +53,7 @@ def test_refuses_what_it_cannot_visit(num_steps: int) -> None:
         make_timesteps(10, num_steps)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_refuses_an_unknown_spacing() -> None:
     with pytest.raises(ValueError, match="spacing must be one of"):
         make_timesteps(10, 2, "even")  # pyright: ignore

@@ -49,6 +49,7 @@ def test_refuses_sides_it_cannot_halve_and_names_the_divisor() -> None:
         ({"dim": 10}, "divisible by model.norm_groups"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_refuses_an_incoherent_config(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{"dim_mults": (1, 2, 2), "attention": ("none",) * 3, **changes})
