@@ -2,7 +2,7 @@
 #
 #   make demo      train on examples/digits and write a report
 #   make test      lint, types and tests, about ten minutes at most
-#   make test-all  also the slow proofs
+#   make test-all  also the tests marked slow
 #
 # PYTHON     the interpreter to make .venv with (3.11)
 # PIP_FLAGS  passed to pip, for example an index with another build of torch (see README.md)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from diffusion_core.objectives import OBJECTIVES, Objective, Weighting, loss_weights
@@ -221,8 +221,3 @@ def posterior_variance(schedule: NoiseSchedule, t: int, t_prev: int) -> float:
     a_p, b_p = scales_at(schedule, t_prev)
     alpha = a_t / a_p
     return (b_t**2 - alpha**2 * b_p**2) * b_p**2 / b_t**2
-
-
-def schedule_constants(schedule: NoiseSchedule) -> Float64[Tensor, "3 num_train_timesteps"]:
-    """Signal, noise and log SNR as rows: what a plot of a schedule draws."""
-    return torch.stack([schedule.signal_scale, schedule.noise_scale, schedule.snr.log()])

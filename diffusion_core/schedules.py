@@ -79,6 +79,11 @@ def make_schedule(name: str, num_train_timesteps: int, **options: float | bool) 
         )
     try:
         betas = _BUILDERS[name](num_train_timesteps, **options)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(
+            f"schedule {name!r} cannot be computed with {_brief(options)} ({error}). "
+            "Change its options."
+        ) from error
     except TypeError as error:
         raise ValueError(
             f"schedule {name!r} does not take these options: {', '.join(options)} ({error}). "
@@ -151,8 +156,12 @@ _BUILDERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _brief(options: dict[str, float | bool]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "the defaults"
+
+
 def _refuse_invalid_betas(name: str, betas: Tensor, options: dict[str, float | bool]) -> None:
-    given = ", ".join(f"{key}={value}" for key, value in options.items()) or "the defaults"
+    given = _brief(options)
     if not bool(torch.isfinite(betas).all()):
         raise ValueError(
             f"schedule {name!r} with {given} has betas that are not finite. Change its options."

@@ -70,7 +70,7 @@ class EventPrinter:
                 self._line(event.step, f"done in {fields['seconds']:.1f} s", style="green")
             case "failed":
                 self._drop_bar(event.step)
-                self._line(event.step, "failed", style="red")
+                self._line(event.step, f"failed: {fields['error']}", style="red")
             case "note":
                 self._line(event.step, fields["text"])
             case "progress":

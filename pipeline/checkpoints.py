@@ -1,8 +1,8 @@
 """The checkpoint store: one for every way of running, complete or absent, checksummed.
 
-A checkpoint `<directory>/checkpoints/<step>/` holds `model.safetensors`, `ema.safetensors`,
-`optimizer.pt` and, written last and created once, `manifest.json` with the hash of each and
-the loss history up to it. Nothing is unpickled but tensors.
+A checkpoint `<directory>/checkpoints/<step>/` holds weights, EMA weights and optimiser state in
+files named with the hash of their content, and, written last and created once, `manifest.json`
+with those names and the loss history. Nothing is unpickled but tensors.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.storage import Storage
+from pipeline.storage import Storage, hashed_name
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +55,21 @@ class CheckpointStore:
             "ema.safetensors": to_safetensors(checkpoint.ema),
             "optimizer.pt": optimizer.getvalue(),
         }
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = {
             "global_step": checkpoint.global_step,
             "history": checkpoint.history,
-            "files": {name: hashlib.sha256(c).hexdigest() for name, c in files.items()},
+            "files": {
+                name: {"file": hashed_name(name, sha256), "sha256": sha256}
+                for name, sha256 in hashes.items()
+            },
         }
         if self.storage.exists(f"{directory}/manifest.json"):
             if self.load(checkpoint.global_step) is not None:
                 return
             self.storage.delete(directory)  # damaged: this one takes its place
         for name, content in files.items():
-            self.storage.replace(f"{directory}/{name}", content)
+            self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
         self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
         for step in [s for s in self.steps() if s <= checkpoint.global_step][:-KEPT]:
             # The manifest goes first: half a deletion is no checkpoint either.
@@ -97,11 +101,14 @@ class CheckpointStore:
         directory = self._directory(step)
         try:
             manifest = json.loads(self.storage.read(f"{directory}/manifest.json"))
-            files = {name: self.storage.read(f"{directory}/{name}") for name in manifest["files"]}
+            files = {
+                name: self.storage.read(f"{directory}/{entry['file']}")
+                for name, entry in manifest["files"].items()
+            }
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         for name, content in files.items():
-            if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
+            if hashlib.sha256(content).hexdigest() != manifest["files"][name]["sha256"]:
                 return None
         return Checkpoint(
             global_step=manifest["global_step"],

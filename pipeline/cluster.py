@@ -5,9 +5,13 @@ something has to run.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
+import shutil
+import socket
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import ClusterError
+from pipeline.leases import is_process_alive
 from pipeline.workflow import Resources
 
 PACKAGES = ("diffusion_core", "pipeline", "jobs")
@@ -86,7 +91,8 @@ def check_fits(config: Config, nodes: list[Node]) -> None:
 def connect(config: Config) -> Iterator[list[Node]]:
     """Joins the configured cluster, or starts Ray on this machine for the time of the block.
 
-    A Ray that this process already uses is used and left as it is.
+    A Ray that this process already uses is used and left as it is. One started here lives no
+    longer than this process, however that ends.
 
     Yields:
         The nodes that are alive.
@@ -102,31 +108,57 @@ def connect(config: Config) -> Iterator[list[Node]]:
     if ray.is_initialized():
         yield _alive_nodes(ray)
         return
-    # Ray keeps sockets in its directory, whose path must be short. It also puts the driver's
-    # directory before everything else on its workers' path: from an empty one, no `pipeline/`
-    # that a user happens to stand in can take our place.
-    with tempfile.TemporaryDirectory(prefix="raydiffusion-", ignore_cleanup_errors=True) as temp:
-        try:
-            with contextlib.chdir(temp):
-                _start_or_join(ray, config, temp)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise ClusterError(
-                f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. "
-                "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the "
-                "token are its own, or leave the address out to start Ray here."
-            ) from error
-        try:
-            yield _alive_nodes(ray)
-        finally:
-            ray.shutdown()
+    _remove_stale_directories()
+    temp = tempfile.mkdtemp(prefix=_temp_prefix(os.getpid()))
+    try:
+        # Ray puts the driver's directory before everything else on its workers' path: from an
+        # empty one, no `pipeline/` that a user happens to stand in can take our place.
+        with contextlib.chdir(temp):
+            _start_or_join(ray, config, temp)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        first = str(error).strip().split("\n")[0]
+        raise ClusterError(
+            f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. "
+            "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the "
+            "token are its own, or leave the address out to start Ray here."
+        ) from error
+    try:
+        yield _alive_nodes(ray)
+    except (KeyboardInterrupt, SystemExit):
+        raise  # threads of running steps still use Ray, which ends with this process
+    except BaseException:
+        _leave(ray, temp)
+        raise
+    else:
+        _leave(ray, temp)
+
+
+def _leave(ray: Any, temp: str) -> None:
+    ray.shutdown()
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+def _temp_prefix(pid: int | str) -> str:
+    """Of Ray's directory: short, for sockets lie below it, and telling whose it is."""
+    host = f"{socket.gethostname()}{uuid.getnode()}"
+    return f"rd-{hashlib.sha256(host.encode()).hexdigest()[:6]}-{pid}-"
+
+
+def _remove_stale_directories() -> None:
+    """Clears up after processes of this host that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(_temp_prefix("*") + "*"):
+        pid = path.name.split("-")[2]
+        if not is_process_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _start_or_join(ray: Any, config: Config, temp: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     nodes = local_nodes(config)
     if nodes is not None:
-        ray.init(num_cpus=nodes[0].cpus, include_dashboard=False, _temp_dir=temp, **quiet)
+        # "local" also where RAY_ADDRESS is set: the config says where the work runs.
+        ray.init("local", num_cpus=nodes[0].cpus, include_dashboard=False, _temp_dir=temp, **quiet)
     else:
         address = config.cluster.address
         assert address is not None  # then there would be local nodes
@@ -136,8 +168,6 @@ def _start_or_join(ray: Any, config: Config, temp: str) -> None:
 
 def _check_reachable(address: str) -> None:
     """Fails within seconds where Ray's own client would retry for a minute."""
-    import socket
-
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like: Ray knows
@@ -173,7 +203,7 @@ def send_task(function: Any, resources: Resources, *args: Any) -> Any:
     """Runs a function of this project as one Ray task and returns its result.
 
     Raises:
-        RaydiffusionError: what the function raised.
+        Exception: what the function raised.
         ClusterError: the task was lost more often than Ray retries it.
     """
     import ray

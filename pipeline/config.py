@@ -6,6 +6,7 @@ once, an unknown key with the nearest valid one. Nothing here imports torch or R
 """
 
 import difflib
+import glob
 import json
 import tomllib
 from collections.abc import Sequence
@@ -226,13 +227,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ) from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a directory. Give the path of a TOML file in it.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the config file {path}: {error.strerror}. Check the path and its "
+            "permissions."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}. Mend that line.") from error
     for override in overrides:
         _apply_override(values, override)
     config = _validate(values, source=str(path))
     base = path.resolve().parent
-    sources = tuple(s if "://" in s else str(base / s) for s in config.data.sources)
+    home = Path(glob.escape(str(base)))  # a directory may be called [a]
+    sources = tuple(s if "://" in s else str(home / s) for s in config.data.sources)
     return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
 
 
@@ -259,12 +266,31 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _validate(values: dict[str, Any], source: str) -> Config:
     try:
-        # By way of JSON: strict mode then takes arrays for tuples and still no "3" for 3.
-        return Config.model_validate_json(json.dumps(values, default=str))
+        return _parse(values)
     except ValidationError as error:
-        faults = [line for fault in error.errors() for line in _fault_lines(fault)]
+        found = error.errors()
+    faults = [line for fault in found for line in _fault_lines(fault)]
+    # What spans several keys is only checked where each is well; look again without the unknown
+    # ones, so that a misspelt key does not hide it.
+    for fault in found:
+        if fault["type"] == "extra_forbidden":
+            *sections, key = fault["loc"]
+            section: Any = values
+            for name in sections:
+                section = section[name]
+            del section[key]
+    try:
+        _parse(values)
+    except ValidationError as error:
+        again = [line for fault in error.errors() for line in _fault_lines(fault)]
+        faults += [line for line in again if line not in faults]
     heading = f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:"
     raise ConfigError("\n  ".join([heading, *faults]))
+
+
+def _parse(values: dict[str, Any]) -> Config:
+    # By way of JSON: strict mode then takes arrays for tuples and still no "3" for 3.
+    return Config.model_validate_json(json.dumps(values, default=str))
 
 
 def _fault_lines(fault: Any) -> list[str]:
@@ -272,8 +298,8 @@ def _fault_lines(fault: Any) -> list[str]:
     match fault["type"]:
         case "extra_forbidden":
             valid = _valid_keys(fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.0)
-            return [f"{where} is not a known key. Did you mean {near[0]!r}?"]
+            near = _nearest(str(fault["loc"][-1]), valid)
+            return [f"{where} is not a known key. Did you mean {near!r}?"]
         case "missing":
             return [f"{where} is missing. Add it."]
         case "value_error":
@@ -282,6 +308,14 @@ def _fault_lines(fault: Any) -> list[str]:
         case _:
             message = fault["msg"].removeprefix("Input ").rstrip(".")
             return [f"{where} {message}, got {fault['input']!r}. Change it."]
+
+
+def _nearest(key: str, valid: Sequence[str]) -> str:
+    """The valid key that looks most like this one; `lr` is `learning_rate`."""
+    for name in valid:
+        if key == "".join(word[0] for word in name.split("_")):
+            return name
+    return difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
 
 
 def _valid_keys(loc: tuple[Any, ...]) -> list[str]:

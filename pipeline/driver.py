@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster import Node, check_fits, connect, local_nodes, total
+from pipeline.cluster import check_fits, connect, local_nodes, total
 from pipeline.config import Config
 from pipeline.leases import OnWait, hold_lease
 from pipeline.runs import RunRecord, last_identities, run_id
@@ -36,6 +36,11 @@ class Plan:
         """Whether nothing is left to do."""
         return all(p.action == "cached" for p in self.steps)
 
+    @property
+    def trains(self) -> bool:
+        """Whether workers are needed."""
+        return any(p.step.name == "train" and p.action != "cached" for p in self.steps)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -59,7 +64,7 @@ def make_plan(config: Config, targets: Sequence[str] = STEP_NAMES) -> Plan:
     """
     storage = open_storage(config.storage.root)
     shards = list_input_shards(config.data.sources, storage)
-    steps = make_steps(config, shards, total(local_nodes(config) or [Node(1, 0)]).cpus)
+    steps = make_steps(config, shards)
     planned = plan(steps, storage, last_identities(storage, config.name))
     return Plan(run_id(config, planned), storage, needed_for(planned, targets))
 
@@ -91,7 +96,7 @@ def run_config(
     """
     planned = make_plan(config, targets)
     if not planned.is_cached:
-        _preflight(config, planned.storage)
+        _preflight(config, planned)
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
         planned = make_plan(config, targets)  # another may have worked while we waited
         on_plan(planned)
@@ -121,10 +126,10 @@ def run_config(
         return Outcome(planned, manifests, _publish_report(planned, manifests))
 
 
-def _preflight(config: Config, storage: Storage) -> None:
-    check_writable(storage)
+def _preflight(config: Config, planned: Plan) -> None:
+    check_writable(planned.storage)
     nodes = local_nodes(config)
-    if nodes is not None:
+    if nodes is not None and planned.trains:
         check_fits(config, nodes)
     from pipeline.models import make_diffusion  # torch: only once something has to run
 
@@ -139,7 +144,8 @@ def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
         yield Resources()
         return
     with connect(config) as nodes:
-        check_fits(config, nodes)
+        if planned.trains:
+            check_fits(config, nodes)
         yield total(nodes)
 
 

@@ -51,3 +51,8 @@ class BusyError(RaydiffusionError):
     """Another process holds the lease and waiting was not wanted."""
 
     exit_code = 8
+
+
+ERRORS: dict[str, type[RaydiffusionError]] = {
+    kind.__name__: kind for kind in RaydiffusionError.__subclasses__()
+}

@@ -21,7 +21,7 @@ from diffusion_core import CHUNK, Diffusion, UNet, make_image_noise, sample_ddim
 from pipeline.cluster import lost_task
 from pipeline.config import Config
 from pipeline.errors import EvaluationError
-from pipeline.features import extract, load_extractor, quantise, read_features
+from pipeline.features import check_counts, extract, load_extractor, quantise, read_features
 from pipeline.loader import keyed_seed, open_split
 from pipeline.loop import torch_threads
 from pipeline.models import make_diffusion, make_unet
@@ -39,17 +39,13 @@ def evaluate(context: StepContext) -> dict[str, Any]:
     """Samples, scores, and writes the samples and the pictures of the report.
 
     Raises:
-        EvaluationError: fewer training images than samples, so that the floor would not be
-            comparable; samples that are not finite.
+        DataError: fewer training images than samples, so that the floor would not be comparable.
+        EvaluationError: samples that are not finite.
     """
     config, settings = context.config, context.config.evaluate
+    check_counts(config, context.inputs["preprocess"]["metrics"]["counts"])
     features = read_features(context.read_input("reference", "features.safetensors"), "train")
     real = np.concatenate(features)
-    if len(real) < settings.num_samples:
-        raise EvaluationError(
-            f"The floor of the score needs evaluate.num_samples = {settings.num_samples} training "
-            f"images, and there are {len(real)}. Lower evaluate.num_samples to at most that."
-        )
     _sample_all_chunks(context)
     images, sums = {}, {}
     for network in NETWORKS:
@@ -66,7 +62,7 @@ def evaluate(context: StepContext) -> dict[str, Any]:
     rows = [ImageRow(image, None, f"sample {k}") for k, image in enumerate(images["trained"])]
     context.write_artifact("samples.arrow", write_arrow(rows, images["trained"].shape[1:]))
     context.write_artifact("pictures.safetensors", safetensors.numpy.save(_draw_strips(context)))
-    context.storage.delete(f"{context.directory}/chunks")
+    context.scratch.append(f"{context.directory}/chunks")
     context.note(
         f"{score['metric']} {score['value']:.2f} "
         f"(floor {score['floor']:.2f}, ceiling {score['ceiling']:.2f})"

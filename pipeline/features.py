@@ -4,6 +4,7 @@ Where no Inception weights can be had, a small classifier trained on the data se
 the extractor: its penultimate layer is the feature vector, and the score says so in its name.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import to_safetensors
 from pipeline.cluster import send_task
-from pipeline.config import FeaturesConfig
+from pipeline.config import Config, FeaturesConfig
 from pipeline.errors import DataError
 from pipeline.loader import keyed_seed, open_split, sample_ids
 from pipeline.loop import torch_threads
@@ -66,7 +67,6 @@ def train_extractor(context: StepContext) -> dict[str, Any]:
         context.storage.uri,
         dict(data),
         context.config.features.model_dump_json(),
-        context.planned.step.resources.cpus,
     )
     context.write_artifact("classifier.safetensors", result.pop("weights"))
     context.note(f"held-out accuracy {result['validation_accuracy']:.1%}")
@@ -74,17 +74,40 @@ def train_extractor(context: StepContext) -> dict[str, Any]:
 
 
 def measure_reference(context: StepContext) -> dict[str, Any]:
-    """Features of the real images, one array a shard and split, unaugmented."""
+    """Features of the real images, one array a shard and split, unaugmented.
+
+    Raises:
+        DataError: too few images for the score that is asked for, said before training.
+    """
+    check_counts(context.config, context.inputs["preprocess"]["metrics"]["counts"])
     content, counts = send_task(
         _extract_splits,
         context.planned.step.resources,
         context.storage.uri,
         dict(context.inputs["preprocess"]),
         dict(context.inputs["features"]),
-        context.planned.step.resources.cpus,
     )
     context.write_artifact("features.safetensors", content)
     return {"counts": counts}
+
+
+def check_counts(config: Config, counts: Mapping[str, int]) -> None:
+    """Refuses a score whose floor would have fewer images, or whose reference would be thin.
+
+    Raises:
+        DataError: too few training or test images.
+    """
+    num_samples, needed = config.evaluate.num_samples, 10 * config.features.width
+    if counts["train"] < num_samples:
+        raise DataError(
+            f"The floor of the score needs evaluate.num_samples = {num_samples} training images, "
+            f"and there are {counts['train']}. Lower evaluate.num_samples to at most that."
+        )
+    if counts["test"] < needed:
+        raise DataError(
+            f"The reference of the score needs 10 x features.width = {needed} test images, and "
+            f"there are {counts['test']}. Raise data.test_fraction or lower features.width."
+        )
 
 
 def load_extractor(weights: bytes, facts: dict[str, Any]) -> Classifier:
@@ -114,15 +137,13 @@ def quantise(x: Tensor) -> np.ndarray:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
-def _train_classifier(
-    storage_uri: str, data: dict[str, Any], settings: str, threads: int
-) -> dict[str, Any]:
+def _train_classifier(storage_uri: str, data: dict[str, Any], settings: str) -> dict[str, Any]:
     config = FeaturesConfig.model_validate_json(settings)
     storage = open_storage(storage_uri)
     images = open_split(storage, data, "train")
     held_out = open_split(storage, data, "validation")
     num_classes = int(max(images.labels.max(), held_out.labels.max())) + 1
-    with torch_threads(threads), torch.random.fork_rng(devices=[]):
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed("classifier", config.seed))
         model = Classifier(images.shape[0], config.width, num_classes)
         optimizer = torch.optim.AdamW(
@@ -160,14 +181,14 @@ def _accuracy(model: Classifier, images: ArrowImages) -> float:
 
 
 def _extract_splits(
-    storage_uri: str, data: dict[str, Any], features: dict[str, Any], threads: int
+    storage_uri: str, data: dict[str, Any], features: dict[str, Any]
 ) -> tuple[bytes, dict[str, int]]:
     storage = open_storage(storage_uri)
     weights = read_artifact(storage, features, "classifier.safetensors")
     extractor = load_extractor(weights, features["metrics"])
     arrays: dict[str, Tensor] = {}
     counts = {}
-    with torch_threads(threads):
+    with torch_threads(1):
         for split in ("train", "validation", "test"):
             counts[split] = 0
             for shard in data["metrics"]["shards"]:

@@ -111,8 +111,12 @@ def _acquire(
                     on_wait(holder, left_s)
                 time.sleep(POLL_S)
                 continue
-        if storage.create(_path(directory, number + 1), _document(beats=0)):
-            return number + 1
+        mine = _path(directory, number + 1)
+        if storage.create(mine, _document(beats=0)):
+            if f"{directory}/{_names(storage, directory)[-1]}" == mine:
+                return number + 1
+            # The number had come and gone while we looked: a higher one holds.
+            storage.delete(mine)
 
 
 def _beat(storage: Storage, directory: str, number: int, stop: threading.Event) -> None:
@@ -134,7 +138,7 @@ def _path(directory: str, number: int) -> str:
 def _read(storage: Storage, path: str) -> dict[str, Any] | None:
     try:
         return json.loads(storage.read(path))
-    except FileNotFoundError:  # released and cleaned up since it was listed
+    except (FileNotFoundError, json.JSONDecodeError):  # cleaned up since it was listed, or torn
         return None
 
 
@@ -162,6 +166,17 @@ def _is_dead_here(holder: dict[str, Any]) -> bool:
     if not _is_here(holder) or holder["process_started"] is None:
         return False
     return _process_started(holder["pid"]) != holder["process_started"]
+
+
+def is_process_alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _boot_id() -> str | None:

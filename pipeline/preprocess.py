@@ -19,16 +19,24 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import DataConfig
-from pipeline.errors import ClusterError, DataError
+from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError, StorageError
 from pipeline.shards import ImageRow, write_arrow
-from pipeline.sources import InputShard, list_input_shards, open_source
+from pipeline.sources import TAR_ERRORS, InputShard, as_data_error, list_input_shards, open_source
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow import StepContext, hash_json
 
 SPLITS = ("train", "validation", "test")
 SHARD_VERSION = 1  # raise when the same shard and transform make other bytes
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 1 << 28  # a decompression bomb, refused before decoding
+MAX_PIXELS = 1 << 26  # more is a decompression bomb, refused before decoding
+READ_BYTES = 1 << 20
+_UNREADABLE = (  # what Pillow raises for what is no image, or not a whole one
+    OSError,
+    ValueError,
+    SyntaxError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
 
 
 def preprocess(context: StepContext) -> dict[str, Any]:
@@ -39,6 +47,11 @@ def preprocess(context: StepContext) -> dict[str, Any]:
     """
     data = context.config.data
     shards = list_input_shards(data.sources, context.storage)
+    if {shard.name: shard.sha256 for shard in shards} != context.planned.step.settings["shards"]:
+        raise DataError(
+            "The shards changed since the run was planned. Run the same command again: it takes "
+            "them as they are then."
+        )
     units = {shard.name: f"steps/shard/{unit_key(shard, data)}" for shard in shards}
     missing = [
         shard
@@ -47,9 +60,7 @@ def preprocess(context: StepContext) -> dict[str, Any]:
     ]
     if missing:
         _run_ray_data(context, missing, units)
-    manifests = [
-        json.loads(context.storage.read(f"{units[shard.name]}/manifest.json")) for shard in shards
-    ]
+    manifests = [_read_unit(context.storage, units[shard.name]) for shard in shards]
     summary = _summarise(data, units, manifests)
     context.note(
         f"{len(shards)} shards ({len(missing)} new), "
@@ -78,14 +89,19 @@ def preprocess_shard(
     rows: dict[str, list[ImageRow]] = {split: [] for split in SPLITS}
     refused: list[dict[str, str]] = []
     with open_source(shard.uri) as file:
-        for member, content, label in _iter_samples(shard, file):
+        reader = _HashingReader(shard.uri, file)
+        for member, content, label in _iter_samples(shard, reader):
             try:
                 image = _transform(content, data)
-            except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+            except _UNREADABLE as error:
                 refused.append({"source": f"{shard.name}/{member}", "reason": str(error)})
                 continue
             split = _split_of(content, data)
             rows[split].append(ImageRow(image, label, f"{shard.name}/{member}"))
+        if reader.read_all() != shard.sha256:
+            raise DataError(
+                f"The shard {shard.uri} changed while it was read. Run the same command again."
+            )
     if not refused and not any(rows.values()):
         raise DataError(
             f"The shard {shard.uri} holds no image ({', '.join(IMAGE_SUFFIXES)}). Check what is "
@@ -106,6 +122,36 @@ def preprocess_shard(
     manifest["refused"] = refused
     storage.create(f"{directory}/manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def _read_unit(storage: Storage, directory: str) -> dict[str, Any]:
+    try:
+        return json.loads(storage.read(f"{directory}/manifest.json"))
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{storage.uri}/{directory} was written on another node and is not to be seen here. "
+            "Set storage.root to a place that every node of the cluster shares."
+        ) from error
+
+
+class _HashingReader:
+    """A file to be read once from its beginning, hashing what passes."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file, self._digest = uri, file, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads on."""
+        with as_data_error(self._uri):
+            content = self._file.read(size)
+        self._digest.update(content)
+        return content
+
+    def read_all(self) -> str:
+        """Reads to the end; the SHA-256 of the whole file."""
+        while self.read(READ_BYTES):
+            pass
+        return self._digest.hexdigest()
 
 
 def _run_ray_data(context: StepContext, missing: list[InputShard], units: dict[str, str]) -> None:
@@ -131,7 +177,7 @@ def _run_ray_data(context: StepContext, missing: list[InputShard], units: dict[s
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_preprocess_row)
         for done, row in enumerate(dataset.iter_rows(), start=1):
             if row["error"]:
-                raise DataError(row["error"])
+                raise ERRORS[row["kind"]](row["error"])
             images += row["images"]
             rate = images / (time.monotonic() - started)
             context.progress(done, len(tasks), "shards", rate=rate, rate_unit="images/s")
@@ -143,14 +189,14 @@ def _run_ray_data(context: StepContext, missing: list[InputShard], units: dict[s
 
 
 def _preprocess_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One task of Ray Data: one input shard. A DataError returns as a value, to stay itself."""
+    """One task of Ray Data: one input shard. Our errors return as values, to stay themselves."""
     shard = InputShard(**json.loads(row["shard"]))
     data = DataConfig.model_validate_json(row["data"])
     try:
         manifest = preprocess_shard(shard, data, open_storage(row["storage"]), row["directory"])
-    except DataError as error:
-        return {"error": str(error), "images": 0}
-    return {"error": "", "images": sum(s["count"] for s in manifest["splits"].values())}
+    except RaydiffusionError as error:
+        return {"error": str(error), "kind": type(error).__name__, "images": 0}
+    return {"error": "", "kind": "", "images": sum(s["count"] for s in manifest["splits"].values())}
 
 
 def _iter_samples(shard: InputShard, file: Any) -> Iterator[tuple[str, bytes, int | None]]:
@@ -160,7 +206,7 @@ def _iter_samples(shard: InputShard, file: Any) -> Iterator[tuple[str, bytes, in
     """
     key, member, image, label = None, "", None, None
     try:
-        with tarfile.open(fileobj=file, mode="r:*") as tar:
+        with tarfile.open(fileobj=file, mode="r|*") as tar:
             for info in tar:
                 if not info.isfile():
                     continue
@@ -176,7 +222,7 @@ def _iter_samples(shard: InputShard, file: Any) -> Iterator[tuple[str, bytes, in
                     member, image = info.name, stream.read()
                 elif suffix == "cls":
                     label = _parse_label(stream.read(), f"{shard.name}/{info.name}")
-    except tarfile.TarError as error:
+    except TAR_ERRORS as error:
         raise DataError(
             f"The shard {shard.uri} cannot be read to its end ({error}). Write it again or leave "
             "it out of data.sources."

@@ -6,11 +6,13 @@ once and never changed; the champion is what the highest promotion names.
 
 import getpass
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.leases import hold_lease
 from pipeline.storage import Storage
 from pipeline.workflow import StepContext
 
@@ -47,7 +49,7 @@ class Registry:
         document = {
             "version": version,
             "reason": reason,
-            "by": getpass.getuser(),
+            "by": _user(),
             "time": time.time(),
         }
         champion = self.champion()
@@ -75,6 +77,13 @@ class Registry:
         return [json.loads(self.storage.read(f"{directory}/{name}")) for name in names]
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # containers run under ids that have no name
+        return f"uid {os.getuid()}"
+
+
 def promote(context: StepContext) -> dict[str, Any]:
     """The step `promote`: records the version, and makes it champion if it scores better.
 
@@ -92,10 +101,10 @@ def promote(context: StepContext) -> dict[str, Any]:
             "created": time.time(),
         }
     )
-    champion = registry.champion()
-    is_promoted, reason = _judge(score, champion, version["number"])
-    if is_promoted:
-        registry.promote(version["number"], reason)
+    with hold_lease(context.storage, f"models/{registry.name}"):  # judge one at a time
+        is_promoted, reason = _judge(score, registry.champion(), version["number"])
+        if is_promoted:
+            registry.promote(version["number"], reason)
     context.note(f"version {version['number']} {'promoted' if is_promoted else 'kept'}: {reason}")
     return {"version": version["number"], "promoted": is_promoted, "reason": reason}
 

@@ -31,14 +31,20 @@ class RunRecord:
     ) -> None:
         self.storage, self.directory = storage, f"runs/{run}"
         self._lock = threading.Lock()  # steps that run side by side report from threads
-        before = _read_json(storage, f"{self.directory}/run.json") or {"executions": []}
+        before = _read_json(storage, f"{self.directory}/run.json") or {
+            "identities": {},
+            "directories": {},
+            "executions": [],
+        }
         self._events = _read_text(storage, f"{self.directory}/events.jsonl")
         self.document: dict[str, Any] = {
             "run": run,
             "name": config.name,
             "config": config.model_dump(mode="json"),
-            "identities": {p.step.name: dict(p.identity) for p in planned},
-            "directories": {p.step.name: p.series_directory for p in planned},
+            # A verb for one step plans a part; what was known of the others stays.
+            "identities": before["identities"] | {p.step.name: dict(p.identity) for p in planned},
+            "directories": before["directories"]
+            | {p.step.name: p.series_directory for p in planned},
             "executions": before["executions"],
         }
         self._execution: dict[str, Any] = {
@@ -68,8 +74,9 @@ class RunRecord:
 
     def close(self, outcome: str) -> None:
         """Ends this execution: `done`, `failed` or `interrupted`."""
-        self._execution |= {"ended": time.time(), "outcome": outcome}
-        self._write()
+        with self._lock:
+            self._execution |= {"ended": time.time(), "outcome": outcome}
+            self._write()
 
     def _write(self) -> None:
         self.storage.replace(f"{self.directory}/events.jsonl", self._events.encode())

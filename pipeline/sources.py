@@ -9,18 +9,22 @@ import contextlib
 import glob
 import hashlib
 import json
+import lzma
 import os
+import re
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError, RaydiffusionError, StorageError
 from pipeline.storage import Storage
 
 IDENTITIES = "cache/identities.json"
 READ_BYTES = 1 << 22
+TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)  # compressed ones too
 
 
 @dataclass(frozen=True)
@@ -72,58 +76,74 @@ def list_input_shards(patterns: Sequence[str], storage: Storage) -> list[InputSh
 
 
 @contextlib.contextmanager
-def open_source(uri: str) -> Any:
+def open_source(uri: str) -> Iterator[Any]:
     """Opens a shard for reading, local or by any fsspec URI.
 
     Raises:
         DataError: it cannot be opened.
     """
-    try:
-        if "://" in uri:
-            import fsspec
+    with contextlib.ExitStack() as stack:
+        with as_data_error(uri):
+            if "://" in uri:
+                import fsspec
 
-            with fsspec.open(uri, "rb") as file:
-                yield file
-        else:
-            with Path(uri).open("rb") as file:
-                yield file
-    except OSError as error:
+                file: Any = stack.enter_context(fsspec.open(uri, "rb"))
+            else:
+                file = stack.enter_context(Path(uri).open("rb"))
+        yield file
+
+
+@contextlib.contextmanager
+def as_data_error(uri: str) -> Iterator[None]:
+    """For reading: the errors of many libraries all mean that this cannot be read."""
+    try:
+        yield
+    except RaydiffusionError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(
-            f"Cannot read {uri}: {error.strerror or error}. Check that it exists and may be read."
+            f"Cannot read {uri}: {reason}. Check that it exists, that it may be read, and for "
+            "s3:// or gs:// that raydiffusion[s3] or [gcs] is installed."
         ) from error
 
 
 def _match(pattern: str) -> list[tuple[str, str]]:
+    """(name, URI) of what a pattern matches; names are relative to its fixed part."""
     if "://" in pattern:
-        import fsspec
+        with as_data_error(pattern):
+            import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        protocol = pattern.split("://", 1)[0]
-        matches = sorted(filesystem.glob(path) if glob.has_magic(path) else [path])
+            filesystem, path = fsspec.core.url_to_fs(pattern)
+            protocol = pattern.split("://", 1)[0]
+            matches = sorted(filesystem.glob(path) if glob.has_magic(path) else [path])
         return [(os.path.basename(m), f"{protocol}://{m}") for m in matches]
-    if not glob.has_magic(pattern):
-        return [(os.path.basename(pattern), pattern)] if Path(pattern).is_file() else []
-    fixed = Path(pattern)
-    while glob.has_magic(str(fixed)):
-        fixed = fixed.parent
+    fixed = Path()
+    for part in Path(pattern).parts[:-1]:
+        if glob.has_magic(_unescape(part)) and part == _unescape(part):
+            break
+        fixed /= _unescape(part)
     matches = sorted(m for m in glob.glob(pattern, recursive=True) if Path(m).is_file())
     return [(Path(m).relative_to(fixed).as_posix(), m) for m in matches]
 
 
+def _unescape(part: str) -> str:
+    """Takes back what glob.escape did to a part of a path."""
+    return re.sub(r"\[([*?[])\]", r"\1", part)
+
+
 def _identity(uri: str) -> tuple[int, list[Any]]:
     """Size, and what changes when the content does, without reading it."""
-    if "://" in uri:
-        import fsspec
+    with as_data_error(uri):
+        if "://" in uri:
+            import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(uri)
-        try:
+            filesystem, path = fsspec.core.url_to_fs(uri)
             facts = filesystem.info(path)
-        except FileNotFoundError as error:
-            raise DataError(f"There is no shard at {uri}. Check data.sources.") from error
-        stamps = [facts.get(k) for k in ("ETag", "etag", "md5Hash", "LastModified", "mtime")]
-        return facts["size"], [facts["size"], *(str(s) for s in stamps if s is not None)]
-    stat = os.stat(uri)
-    return stat.st_size, [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            stamps = [facts.get(k) for k in ("ETag", "etag", "md5Hash", "LastModified", "mtime")]
+            return facts["size"], [facts["size"], *(str(s) for s in stamps if s is not None)]
+        stat = os.stat(uri)
+        return stat.st_size, [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _hash_and_check(uri: str, size: int) -> str:
@@ -131,7 +151,7 @@ def _hash_and_check(uri: str, size: int) -> str:
         raise DataError(
             f"The shard {uri} is empty (0 bytes). Write it again or leave it out of data.sources."
         )
-    with open_source(uri) as file:
+    with open_source(uri) as file, as_data_error(uri):
         _check_has_members(uri, file)
         file.seek(0)
         digest = hashlib.sha256()
@@ -144,7 +164,7 @@ def _check_has_members(uri: str, file: IO[bytes]) -> None:
     try:
         with tarfile.open(fileobj=file, mode="r:*") as tar:
             first = tar.next()
-    except tarfile.TarError as error:
+    except TAR_ERRORS as error:
         raise DataError(
             f"The shard {uri} is no readable tar file ({error}). Write it again or leave it out "
             "of data.sources."

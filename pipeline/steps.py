@@ -10,27 +10,28 @@ from pipeline.config import Config
 from pipeline.sources import InputShard
 from pipeline.workflow import Resources, Step
 
+WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
 STEP_NAMES = ("preprocess", "features", "reference", "train", "evaluate", "promote", "report")
 
 
-def make_steps(config: Config, shards: Sequence[InputShard], cpus: int) -> list[Step]:
+def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
     """The workflow of a config over its shards.
 
     Args:
         config: the whole config.
         shards: the input shards with their hashes.
-        cpus: of the cluster: what steps that can use more than one may use.
     """
     data = config.data.model_dump(mode="json", exclude={"sources"})
     train = config.train
     workers = train.num_workers
-    few = Resources(cpus=min(2, cpus))
     sections = {
         name: {f"{name}.{key}": value for key, value in getattr(config, name)}
         for name in ("model", "diffusion", "train", "features", "evaluate")
     }
-    # What changes how fast, but not what is learned.
+    # What changes how fast, but not what is learned beyond rounding.
     for key in ("cpus_per_worker", "use_gpu", "checkpoint_every", "max_failures", "num_workers"):
+        if key == "num_workers" and config.model.dropout > 0:
+            continue  # each rank drops other units
         del sections["train"][f"train.{key}"]
     return [
         Step(
@@ -39,7 +40,7 @@ def make_steps(config: Config, shards: Sequence[InputShard], cpus: int) -> list[
             function="pipeline.preprocess:preprocess",
             settings={f"data.{key}": value for key, value in data.items()}
             | {"shards": {shard.name: shard.sha256 for shard in shards}},
-            resources=Resources(cpus=1),
+            resources=WHOLE_CLUSTER,
         ),
         Step(
             name="features",
@@ -47,7 +48,7 @@ def make_steps(config: Config, shards: Sequence[InputShard], cpus: int) -> list[
             function="pipeline.features:train_extractor",
             settings=sections["features"],
             inputs=("preprocess",),
-            resources=few,
+            resources=Resources(cpus=1),
         ),
         Step(
             name="reference",
@@ -55,7 +56,7 @@ def make_steps(config: Config, shards: Sequence[InputShard], cpus: int) -> list[
             function="pipeline.features:measure_reference",
             settings={},
             inputs=("preprocess", "features"),
-            resources=few,
+            resources=Resources(cpus=1),
         ),
         Step(
             name="train",
@@ -74,7 +75,7 @@ def make_steps(config: Config, shards: Sequence[InputShard], cpus: int) -> list[
             function="pipeline.evaluate:evaluate",
             settings=sections["evaluate"],
             inputs=("preprocess", "features", "reference", "train"),
-            resources=Resources(cpus=cpus),
+            resources=WHOLE_CLUSTER,
         ),
         Step(
             name="promote",

@@ -10,7 +10,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,10 +103,11 @@ class LocalStorage:
         return self._path(path).exists()
 
     def list(self, directory: str) -> list[str]:
-        try:
-            names = os.listdir(self._path(directory))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with _as_storage_error("list", self._path(directory)):
+            try:
+                names = os.listdir(self._path(directory))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
         return sorted(name for name in names if not name.startswith(".staged-"))
 
     def delete(self, path: str) -> None:
@@ -142,7 +143,10 @@ class LocalStorage:
             except FileNotFoundError as error:  # the parents cannot be made, as below /proc
                 raise _refused("write", target, "its directory cannot be made") from error
             try:
-                staged.write_bytes(content)
+                with staged.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())  # after a power cut: the old, the new, never half
                 yield staged
             finally:
                 staged.unlink(missing_ok=True)
@@ -153,7 +157,6 @@ class ObjectStorage:
     """A prefix of an object store, through fsspec. Objects appear whole or not at all."""
 
     uri: str
-    options: dict[str, Any] = field(default_factory=dict)
 
     def create(self, path: str, content: bytes) -> bool:
         with _as_storage_error("write", self._path(path)):
@@ -209,14 +212,20 @@ class ObjectStorage:
         import fsspec  # only here: local roots must not pay for it
 
         try:
-            # fsspec keeps one instance per process and options.
-            return fsspec.core.url_to_fs(self.uri, **self.options)[0]
+            # fsspec keeps one instance per process.
+            return fsspec.core.url_to_fs(self.uri)[0]
         except ImportError as error:
             extra = "gcs" if self.uri.startswith(("gs:", "gcs:")) else "s3"
             raise StorageError(
                 f"Storage at {self.uri} needs a library that is not installed ({error}). "
                 f"Install raydiffusion[{extra}]."
             ) from error
+
+
+def hashed_name(name: str, sha256: str) -> str:
+    """`ema.safetensors` as `ema-0123456789ab.safetensors`."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}-{sha256[:12]}{dot}{suffix}"
 
 
 def damaged(storage: Storage, path: str) -> StorageError:
@@ -234,8 +243,11 @@ def _as_storage_error(verb: str, path: str | Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
-    except OSError as error:
-        raise _refused(verb, path, error.strerror or str(error)) from error
+    except (StorageError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # object stores fail with the errors of many libraries
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise _refused(verb, path, reason) from error
 
 
 def _refused(verb: str, path: str | Path, reason: str) -> StorageError:

@@ -60,6 +60,7 @@ def train(context: StepContext) -> dict[str, Any]:
         "images_per_s": last.get("images_per_s"),
         "resumed_from": last.get("resumed_from", num_steps),
         "seconds_to_first_step": last.get("seconds_to_first_step"),
+        "num_workers": context.config.train.num_workers,
         "num_parameters": sum(w.numel() for w in checkpoint.ema.values()),
     }
 
@@ -217,7 +218,7 @@ def _ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
     import fsspec
     import pyarrow.fs
 
-    filesystem, stripped = fsspec.core.url_to_fs(path, **storage.options)
+    filesystem, stripped = fsspec.core.url_to_fs(path)
     handler = pyarrow.fs.FSSpecHandler(filesystem)
     return {"storage_path": stripped, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pipeline.config import Config
 from pipeline.errors import StorageError
 from pipeline.leases import hold_lease
-from pipeline.storage import Storage, damaged
+from pipeline.storage import Storage, damaged, hashed_name
 
 LIBRARIES = ("raydiffusion", "torch", "ray", "pyarrow", "torchmetrics", "numpy", "pillow")
 
@@ -102,6 +102,7 @@ class StepContext:
     inputs: Mapping[str, Mapping[str, Any]]  # manifests by step name
     observer: Observer
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scratch: list[str] = field(default_factory=list)  # deleted once the manifest is there
 
     @property
     def directory(self) -> str:
@@ -114,12 +115,15 @@ class StepContext:
         return self.planned.series_directory
 
     def write_artifact(self, name: str, content: bytes) -> None:
-        """Writes a file of the step's result and records its hash for the manifest."""
-        self.storage.replace(f"{self.directory}/{name}", content)
-        self.artifacts[name] = {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
+        """Writes a file of the step's result and records it for the manifest.
+
+        The file's name holds the hash of its content, so that a late zombie of this step cannot
+        change what a manifest already names.
+        """
+        sha256 = hashlib.sha256(content).hexdigest()
+        file = hashed_name(name, sha256)
+        self.storage.create(f"{self.directory}/{file}", content)
+        self.artifacts[name] = {"file": file, "bytes": len(content), "sha256": sha256}
 
     def read_input(self, step: str, name: str) -> bytes:
         """Reads a file that an input step made, verified by its hash."""
@@ -142,12 +146,13 @@ def read_artifact(storage: Storage, manifest: Mapping[str, Any], name: str) -> b
     Raises:
         StorageError: it is missing or damaged.
     """
-    path = f"steps/{manifest['step']}/{manifest['key']}/{name}"
+    artifact = manifest["artifacts"][name]
+    path = f"steps/{manifest['step']}/{manifest['key']}/{artifact['file']}"
     try:
         content = storage.read(path)
     except FileNotFoundError as error:
         raise damaged(storage, path) from error
-    if hashlib.sha256(content).hexdigest() != manifest["artifacts"][name]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != artifact["sha256"]:
         raise damaged(storage, path)
     return content
 
@@ -321,6 +326,8 @@ def _run_step(
                     f"{storage.uri}/{p.directory}/manifest.json appeared and vanished while the "
                     "step ran. See that nothing else deletes files below the storage root."
                 )
+        for path in context.scratch:
+            storage.delete(path)
         observer(Event("finished", name, {"seconds": manifest["seconds"], "metrics": metrics}))
         return manifest
 

@@ -3,10 +3,13 @@
 import io
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,10 +119,10 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def kill_cli_at() -> Callable[..., list[str]]:
-    """Runs `raydiffusion` and SIGKILLs it once `is_time(line)` holds of what it prints."""
+    """Runs `raydiffusion` and SIGKILLs it once `is_time(lines)` holds of all it has printed."""
 
     def run(
-        *args: str, cwd: Path, is_time: Callable[[str], bool], timeout: float = 120
+        *args: str, cwd: Path, is_time: Callable[[list[str]], bool], timeout: float = 120
     ) -> list[str]:
         process = subprocess.Popen(
             [cli_program(), *args],
@@ -129,14 +132,15 @@ def kill_cli_at() -> Callable[..., list[str]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        lines = []
         assert process.stdout is not None
+        lines: list[str] = []
+        reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+        reader.start()
         deadline = time.monotonic() + timeout
-        for line in process.stdout:
-            lines.append(line)
-            if is_time(line) or time.monotonic() > deadline:
-                process.send_signal(signal.SIGKILL)
-                break
+        while not is_time(lines) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        reader.join()
         process.stdout.close()
         assert process.wait(timeout=10) == -signal.SIGKILL, "".join(lines)
         return lines
@@ -150,14 +154,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # A token of its own: nothing in the home directory is read or written, and the processes that
     # tests start have it from the environment.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    temp = tempfile.mkdtemp(prefix="raydiffusion-")  # not pytest's: sockets need a short path
     code = (
-        "import ray, sys, tempfile; "
+        "import ray, sys; "
         "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, "
-        "_temp_dir=tempfile.mkdtemp(prefix='raydiffusion-test-')); "
+        "_temp_dir=sys.argv[1]); "
         "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, temp], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdin is not None
@@ -167,6 +172,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.stdin.close()
     process.stdout.close()
     process.wait(timeout=30)
+    shutil.rmtree(temp, ignore_errors=True)
     del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
 
 

@@ -16,7 +16,9 @@ import torch
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.driver import make_plan
+from pipeline.preprocess import unit_key
 from pipeline.registry import Registry
+from pipeline.sources import list_input_shards
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
 from pipeline.workflow import read_artifact, read_manifest
@@ -63,14 +65,14 @@ def story(
     """Starts the run six times: five are killed, each in its step, the sixth finishes."""
     told = Story(tmp_path_factory.mktemp("story"), ray_cluster)
 
-    def is_in(step: str) -> Callable[[str], bool]:
+    def is_in(step: str) -> Callable[[list[str]], bool]:
         if step == "train":  # not at its start but with checkpoints behind it
             checkpoints = told.directory / "runs" / "steps" / "train"
-            return lambda line: bool(
-                re.match(r"train +\d+ of", line)
-                and list(checkpoints.glob("*/checkpoints/*/manifest.json"))
-            )
-        return lambda line: line.startswith(f"{step:<10} runs")
+            return lambda _: bool(list(checkpoints.glob("*/checkpoints/*/manifest.json")))
+        if step == "evaluate":  # with some images drawn and others not
+            chunks = told.directory / "runs" / "steps" / "evaluate"
+            return lambda _: bool(list(chunks.glob("*/chunks/*.safetensors")))
+        return lambda lines: any(line.startswith(f"{step:<10} runs") for line in lines)
 
     for step in STEPS:
         told.killed[step] = kill_cli_at(
@@ -95,6 +97,12 @@ def test_training_continued_from_a_checkpoint(story: Story) -> None:
     text = "".join(story.killed["evaluate"])
     assert re.search(r"train +continues: continues from the checkpoint at step \d+", text), text
     assert story.manifest("train")["metrics"]["resumed_from"] >= 50
+
+
+def test_evaluation_kept_the_images_it_had_drawn(story: Story) -> None:
+    first = re.search(r"evaluate +(\d+) of 256 images", story.last_lines)
+    assert first is not None, story.last_lines
+    assert int(first[1]) >= 64
 
 
 def test_killed_and_resumed_on_two_workers_equals_one_process(story: Story, tmp_path: Path) -> None:
@@ -208,6 +216,15 @@ def test_a_new_shard_reruns_one_unit(story: Story, run_cli: Callable[..., Any]) 
     first = json.loads(done.stdout)["steps"][0]
     assert first["action"] == "run"
     assert "shards changed" in first["reason"]
+    config = load_config(story.config_path, [f"data.sources={json.dumps(sources)}"])
+    shards = list_input_shards(config.data.sources, story.storage)
+    is_done = {
+        shard.name: story.storage.exists(
+            f"steps/shard/{unit_key(shard, config.data)}/manifest.json"
+        )
+        for shard in shards
+    }
+    assert is_done == {f"digits-000{k}.tar": k < 4 for k in range(5)}
 
 
 def test_status_says_what_ran(story: Story, run_cli: Callable[..., Any]) -> None:

@@ -83,6 +83,12 @@ def test_unknown_option_is_named() -> None:
         make_schedule("cosine", 10, beta=1.0)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.001])
+def test_options_that_cannot_be_computed_are_refused(tau: float) -> None:
+    with pytest.raises(ValueError, match=f"cannot be computed with tau={tau}"):
+        make_schedule("sigmoid", 10, tau=tau)
+
+
 def test_betas_above_one_are_refused_with_the_index() -> None:
     with pytest.raises(
         ValueError, match=r"beta\[5\] = 1.116, and every beta must lie between 0 and 1"

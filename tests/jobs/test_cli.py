@@ -32,7 +32,10 @@ def test_a_missing_config(tmp_path: Path, run_cli: RunCli) -> None:
 def test_faults_of_a_config_all_at_once(tiny_config: Path, run_cli: RunCli) -> None:
     options = ("--set", "train.lr=1", "--set", "data.resolution=9")
     done = run_cli("run", str(tiny_config), *options, cwd=tiny_config.parent)
-    assert_refused(done, 2, "train.lr is not a known key. Did you mean")
+    assert_refused(
+        done, 2, "train.lr is not a known key. Did you mean 'learning_rate'?",
+        "data.resolution must be divisible by 2 for the 2 levels", "has 2 faults",
+    )  # fmt: skip
     assert not (tiny_config.parent / "runs").exists()
 
 
@@ -83,6 +86,21 @@ def test_an_unwritable_storage_root(tiny_config: Path, run_cli: RunCli, root: st
     (tiny_config.parent / "occupied").write_text("a file")
     done = run_cli("run", str(tiny_config), "--set", f"storage.root={root}", cwd=tiny_config.parent)
     assert_refused(done, 4, "Cannot ", root, "set storage.root to another place")
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("storage.root=foo://x", 4, "Protocol not known: foo"),
+        ('data.sources=["foo://x/*.tar"]', 3, "Protocol not known: foo"),
+        ("diffusion.schedule_options={tau=0.0}", 2, "does not take these options"),
+    ],
+)
+def test_addresses_and_options_that_mean_nothing(
+    tiny_config: Path, run_cli: RunCli, override: str, code: int, message: str
+) -> None:
+    done = run_cli("run", str(tiny_config), "--set", override, cwd=tiny_config.parent)
+    assert_refused(done, code, message)
 
 
 def test_an_unknown_run(tmp_path: Path, run_cli: RunCli) -> None:

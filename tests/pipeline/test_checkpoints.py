@@ -58,7 +58,8 @@ def test_a_damaged_one_is_skipped_with_a_warning(
 ) -> None:
     store.save(make_checkpoint(10))
     store.save(make_checkpoint(20))
-    path = tmp_path / "t" / "checkpoints" / "000000020" / name
+    stem, _, suffix = name.partition(".")
+    (path,) = (tmp_path / "t" / "checkpoints" / "000000020").glob(f"{stem}-*.{suffix}")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

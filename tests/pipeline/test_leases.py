@@ -141,6 +141,26 @@ def test_one_of_many_contenders_holds_at_a_time(storage: LocalStorage) -> None:
     assert most == [1]
 
 
+def test_a_number_that_came_and_went_is_not_taken(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between this contender's look and its creation of number 1, others held 1, 2 and 3, and the
+    # file of 1 is gone again.
+    process = start_holder(storage)
+    number_3 = storage.read("d/lease-000001.json")
+    storage.create("d/lease-000003.json", number_3)
+    storage.delete("d/lease-000001.json")
+    looks = iter([[]])
+    real = leases._names
+    monkeypatch.setattr(leases, "_names", lambda *a: next(looks, real(*a)))
+    with pytest.raises(BusyError), hold_lease(storage, "d", wait=False):
+        pass
+    assert storage.list("d") == ["lease-000003.json"]
+    process.kill()
+    process.wait(timeout=10)
+    finish(process)
+
+
 def test_waiting_ends_when_the_work_is_done(storage: LocalStorage) -> None:
     process = start_holder(storage)
     try:

@@ -94,8 +94,8 @@ def test_two_ranks_equal_one_process(config: Config, tmp_path: Path, data: dict[
 
 
 def test_it_learns_and_the_ema_moves(config: Config, tmp_path: Path, data: dict[str, Any]) -> None:
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"num_steps": 200})})
-    checkpoint = load(train(longer, tmp_path, data, "x"), 200)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"num_steps": 100})})
+    checkpoint = load(train(longer, tmp_path, data, "x"), 100)
     losses = [entry["loss"] for entry in checkpoint.history]
     assert losses[-1] < 0.9 * losses[0]
     start = load(train(config, tmp_path, data, "start"))

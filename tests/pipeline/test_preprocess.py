@@ -1,3 +1,7 @@
+import gzip
+import hashlib
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ def preprocess(tmp_path: Path, make_tar: Callable[..., Path]) -> Callable[..., d
 
     def run(members: Members, directory: str = "u", data: DataConfig = DATA) -> dict[str, Any]:
         path = make_tar(tmp_path / "s.tar", members)
-        shard = InputShard("s.tar", str(path), "0" * 64, path.stat().st_size)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        shard = InputShard("s.tar", str(path), sha256, path.stat().st_size)
         return preprocess_shard(shard, data, LocalStorage(str(tmp_path)), directory)
 
     return run
@@ -114,6 +119,43 @@ def test_bad_images_are_listed_not_dropped(
         "s.tar/3.jpg",
     ]
     assert all(item["reason"] for item in manifest["refused"])
+
+
+def test_a_decompression_bomb_is_one_refused_image(
+    preprocess: Callable[..., Any], make_png: Callable[..., bytes]
+) -> None:
+    def huge(side: int) -> bytes:  # a header that promises more pixels than it has
+        content = bytearray(make_png(0))
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        return bytes(content)
+
+    manifest = preprocess([("0.png", make_png(1)), ("1.png", huge(9000)), ("2.png", huge(60000))])
+    assert [item["source"] for item in manifest["refused"]] == ["s.tar/1.png", "s.tar/2.png"]
+    assert "9000 x 9000 pixels are too many" in manifest["refused"][0]["reason"]
+
+
+def test_a_compressed_shard_that_is_cut_short_is_refused(
+    tmp_path: Path, make_tar: Callable[..., Path], make_png: Callable[..., bytes]
+) -> None:
+    members = [(f"{k}.png", make_png(k, (64, 64))) for k in range(20)]
+    content = gzip.compress(make_tar(tmp_path / "a.tar", members).read_bytes())
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(content[: len(content) // 2])
+    shard = InputShard("a.tar.gz", str(path), "", 0)
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        preprocess_shard(shard, DATA, LocalStorage(str(tmp_path)), "u")
+    assert not (tmp_path / "u").exists()
+
+
+def test_a_shard_that_changed_since_the_plan_is_refused(
+    tmp_path: Path, make_tar: Callable[..., Path], make_png: Callable[..., bytes]
+) -> None:
+    path = make_tar(tmp_path / "s.tar", [("0.png", make_png(0))])
+    shard = InputShard("s.tar", str(path), "0" * 64, 0)
+    with pytest.raises(DataError, match="changed while it was read"):
+        preprocess_shard(shard, DATA, LocalStorage(str(tmp_path)), "u")
+    assert not (tmp_path / "u").exists()
 
 
 def test_a_shard_without_images_is_refused(preprocess: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import sources
+from pipeline.config import load_config
 from pipeline.errors import DataError
 from pipeline.sources import list_input_shards
 from pipeline.storage import LocalStorage
@@ -71,6 +72,19 @@ def test_empty_and_broken_shards(tmp_path: Path, storage: LocalStorage, make_tar
     ):
         with pytest.raises(DataError, match=message):
             list_input_shards([str(tmp_path / f"{name}.tar")], storage)
+
+
+def test_a_directory_with_the_signs_of_a_glob(
+    tmp_path: Path, storage: LocalStorage, make_tar: MakeTar
+) -> None:
+    home = tmp_path / "[a]" / "b*"
+    home.mkdir(parents=True)
+    make_tar(home / "1.tar", [("1.txt", b"")])
+    (home / "c.toml").write_text(
+        'name = "x"\n[data]\nsources = ["*.tar", "1.tar"]\nresolution = 8\n'
+    )
+    config = load_config(home / "c.toml")
+    assert [s.name for s in list_input_shards(config.data.sources, storage)] == ["1.tar"]
 
 
 def test_two_shards_of_one_name_are_refused(

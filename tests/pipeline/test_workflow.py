@@ -163,12 +163,23 @@ def test_needed_for_takes_what_a_target_rests_on(storage: Storage) -> None:
     assert [p.step.name for p in needed_for(planned, ["b"])] == ["a", "b"]
 
 
+def test_a_late_zombie_changes_nothing_that_is_published(storage: Storage) -> None:
+    run(CHAIN[:1], storage)
+    p = plan(CHAIN, storage)[0]
+    manifest = read_manifest(storage, "a", p.key)
+    assert manifest is not None
+    zombie = StepContext(CONFIG, storage, p, {}, lambda event: None)
+    zombie.write_artifact("x.txt", b"something else")
+    assert not storage.create(f"{p.directory}/manifest.json", b"{}")
+    assert read_artifact(storage, manifest, "x.txt") == b"a"
+
+
 def test_a_damaged_artifact_is_noticed(storage: Storage) -> None:
     run(CHAIN[:1], storage)
     p = plan(CHAIN, storage)[0]
     manifest = read_manifest(storage, "a", p.key)
     assert manifest is not None
     assert read_artifact(storage, manifest, "x.txt") == b"a"
-    storage.replace(f"{p.directory}/x.txt", b"b")
+    storage.replace(f"{p.directory}/{manifest['artifacts']['x.txt']['file']}", b"b")
     with pytest.raises(StorageError, match="Delete the directory steps/a/"):
         read_artifact(storage, manifest, "x.txt")

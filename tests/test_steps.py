@@ -1,0 +1,90 @@
+"""Golden outputs: when one changes, the step's version in `pipeline/steps.py` must be raised.
+
+Each was recorded from the code of the version named beside it, on inputs fixed here. A change
+that is meant gets a higher version and a new value; one that is not meant is a bug.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config import load_config
+from pipeline.evaluate import _sample
+from pipeline.features import Classifier
+from pipeline.loader import sample_ids
+from pipeline.models import make_unet
+from pipeline.preprocess import SHARD_VERSION, preprocess_shard
+from pipeline.shards import ImageRow, write_arrow
+from pipeline.sources import InputShard
+from pipeline.steps import make_steps
+from pipeline.storage import LocalStorage
+from pipeline.train import train_in_process
+
+DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
+
+
+def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
+    steps = make_steps(load_config(tiny_config), [])
+    assert SHARD_VERSION == 1
+    assert {step.name: step.version for step in steps} == {
+        "preprocess": 1,
+        "features": 1,
+        "reference": 1,
+        "train": 1,
+        "evaluate": 1,
+        "promote": 1,
+        "report": 1,
+    }
+
+
+def test_preprocess(tiny_config: Path, tmp_path: Path) -> None:
+    path = DIGITS / "digits-0000.tar"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    shard = InputShard("digits-0000.tar", str(path), sha256, path.stat().st_size)
+    config = load_config(tiny_config)
+    manifest = preprocess_shard(shard, config.data, LocalStorage(str(tmp_path)), "u")
+    found = {name: split["sha256"][:16] for name, split in manifest["splits"].items()}
+    assert found == GOLDEN_SHARD
+
+
+def test_train_and_evaluate(tiny_config: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [ImageRow(rng.integers(0, 256, (1, 8, 8), np.uint8), None, str(k)) for k in range(64)]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.arrow").write_bytes(write_arrow(rows, (1, 8, 8)))
+    splits = {"train": {"count": 64, "sha256": ""}}
+    data: dict[str, Any] = {"metrics": {"shards": [{"directory": "d", "splits": splits}]}}
+    config = load_config(tiny_config, ["train.num_steps=10", "train.checkpoint_every=5"])
+    storage = LocalStorage(str(tmp_path))
+    train_in_process(config, storage, "t", data)
+    checkpoint = CheckpointStore(storage, "t").load(10)
+    assert checkpoint is not None
+    losses = [entry["loss"] for entry in checkpoint.history]
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-4)
+    model = make_unet(config, config.train.seed)
+    model.load_state_dict(dict(checkpoint.ema))
+    samples = _sample(config, model, range(0, 4))
+    assert samples.flatten(1).mean(1).tolist() == pytest.approx(GOLDEN_MEANS, abs=1e-4)
+
+
+def test_features_keep_their_shape_and_order() -> None:
+    parameters = {name: list(p.shape) for name, p in Classifier(1, 4, 10).named_parameters()}
+    digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:16]
+    order = sample_ids(0, np.arange(8), 100).tolist()
+    assert (digest, order) == (GOLDEN_CLASSIFIER, GOLDEN_ORDER)
+
+
+GOLDEN_SHARD = {
+    "train": "8f159df0881fb7f3",
+    "validation": "abfb87d5359ce409",
+    "test": "832a78636cc6f39e",
+}
+GOLDEN_LOSSES = [0.679362, 0.651339]
+GOLDEN_MEANS = [0.0865512, -0.175898, -0.0112225, 0.0631554]
+GOLDEN_CLASSIFIER = "52b1aa5cc5f7b078"
+GOLDEN_ORDER = [97, 62, 86, 35, 93, 98, 45, 13]
