@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from diffusion_core.objectives import OBJECTIVES, Objective, Weighting, loss_weights
+from diffusion_core.objectives import Objective, Weighting, check_objective, loss_weights
 from diffusion_core.schedules import NoiseSchedule
 
 Denoiser = Callable[..., Tensor]
@@ -37,7 +37,8 @@ class Diffusion(nn.Module):
         gamma: the bound of `min_snr`.
 
     Raises:
-        ValueError: an unknown objective or weighting.
+        ValueError: an unknown objective or weighting, or an objective that the schedule gives no
+            meaning to.
     """
 
     signal_scale: Tensor
@@ -52,11 +53,7 @@ class Diffusion(nn.Module):
         gamma: float = 5.0,
     ) -> None:
         super().__init__()
-        if objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}. "
-                "Choose one of these."
-            )
+        check_objective(schedule, objective)
         self.schedule = schedule
         self.objective: Objective = objective
         self.weighting: Weighting = weighting
@@ -103,6 +100,8 @@ class Diffusion(nn.Module):
             case "pred_v":
                 a, b = self._scales(t, x_start)
                 return a * noise - b * x_start
+            case "pred_flow":
+                return noise - x_start
 
     def convert(
         self,
@@ -120,6 +119,8 @@ class Diffusion(nn.Module):
             case "pred_v":
                 q = a**2 + b**2
                 return Prediction((b * x_t + a * output) / q, (a * x_t - b * output) / q)
+            case "pred_flow":
+                return Prediction((x_t + a * output) / (a + b), (x_t - b * output) / (a + b))
 
     def predict(
         self,
@@ -210,14 +211,30 @@ def scales_at(schedule: NoiseSchedule, t: int) -> tuple[float, float]:
     return float(schedule.signal_scale[t]), float(schedule.noise_scale[t])
 
 
-def posterior_variance(schedule: NoiseSchedule, t: int, t_prev: int) -> float:
-    """Variance of q(x_p | x_t, x_start), beta b_p^2 / b_t^2 with beta = b_t^2 - alpha^2 b_p^2.
+class Posterior(NamedTuple):
+    """q(x_p | x_t, x_start) of one step t -> p: mean = on_x_t x_t + on_x_start x_start."""
 
-    Holds for any pair and any p < t; 0 at t_prev = -1.
+    on_x_t: float
+    on_x_start: float
+    variance: float
+    beta: float  # b_t^2 - alpha^2 b_p^2, the step's own noise; DDPM's beta_t on adjacent steps
 
-    Reference: Ho et al., DDPM (2006.11239), eq. 7, where p = t - 1 and the pair is VP.
+
+def posterior(schedule: NoiseSchedule, t: int, t_prev: int) -> Posterior:
+    """The Gaussian posterior of any pair of scales and any p < t.
+
+    alpha = a_t / a_p, beta = b_t^2 - alpha^2 b_p^2, mean = (alpha b_p^2 x_t + a_p beta x_start) /
+    b_t^2, variance = beta b_p^2 / b_t^2. At t_prev = -1 the mean is x_start and the variance 0.
+
+    Reference: Ho et al., DDPM (2006.11239), eqs. 6-7, where p = t - 1 and the pair is VP.
     """
     a_t, b_t = scales_at(schedule, t)
     a_p, b_p = scales_at(schedule, t_prev)
     alpha = a_t / a_p
-    return (b_t**2 - alpha**2 * b_p**2) * b_p**2 / b_t**2
+    beta = b_t**2 - alpha**2 * b_p**2
+    return Posterior(
+        on_x_t=alpha * b_p**2 / b_t**2,
+        on_x_start=a_p * beta / b_t**2,
+        variance=beta * b_p**2 / b_t**2,
+        beta=beta,
+    )

@@ -1,19 +1,65 @@
-"""Samplers: from noise to data. A pure step taking t and t_prev, and a loop over a list.
+"""Samplers: from noise to data. Pure steps taking t and t_prev, and loops over a list.
 
-The previous timestep is read from the list, never recomputed with a stride.
+Every sampler has the same signature and the same order of body. The previous timestep is read
+from the list, never recomputed with a stride; -1 is the data. Noise comes from the generator
+that the caller hands in, and none is added at the last step.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_core.process import Denoiser, Diffusion, Prediction, posterior_variance, scales_at
+from diffusion_core.process import Denoiser, Diffusion, Prediction, posterior, scales_at
 from diffusion_core.timesteps import Spacing, make_timesteps
 
 CHUNK = 64  # images drawn together; image k is the same however chunks are spread
+
+Variance = Literal["fixed_small", "fixed_large"]
+VARIANCES: tuple[Variance, ...] = get_args(Variance)
+Generators = torch.Generator | Sequence[torch.Generator] | None
+OnStep = Callable[[int, Tensor], None]
+
+
+def ddpm_step(
+    diffusion: Diffusion,
+    x_t: Float[Tensor, "batch ..."],
+    prediction: Prediction,
+    t: int,
+    t_prev: int,
+    *,
+    variance: Variance = "fixed_small",
+    noise: Float[Tensor, "batch ..."] | None = None,
+) -> Float[Tensor, "batch ..."]:
+    """One ancestral step: a draw from q(x_p | x_t, x_start) with the predicted x_start.
+
+    Args:
+        diffusion: the process.
+        x_t: the present images.
+        prediction: the network's word on them.
+        t: the present timestep.
+        t_prev: the next one to visit, -1 for the data.
+        variance: `fixed_small` is the posterior's, `fixed_large` the step's beta.
+        noise: standard normal, needed but at the last step.
+
+    Raises:
+        ValueError: an unknown variance, or no noise where some is needed.
+
+    Reference: Ho et al., DDPM (2006.11239), eqs. 6-7 and section 3.2.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(
+            f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}. "
+            "Choose one of these."
+        )
+    q = posterior(diffusion.schedule, t, t_prev)
+    x_prev = q.on_x_t * x_t + q.on_x_start * prediction.pred_x_start
+    if t_prev < 0:
+        return x_prev
+    return x_prev + math.sqrt(q.variance if variance == "fixed_small" else q.beta) * _given(noise)
 
 
 def ddim_step(
@@ -44,37 +90,102 @@ def ddim_step(
     """
     _check_eta(eta)
     a_prev, b_prev = scales_at(diffusion.schedule, t_prev)
-    variance = eta**2 * posterior_variance(diffusion.schedule, t, t_prev)
+    variance = eta**2 * posterior(diffusion.schedule, t, t_prev).variance
     direction = math.sqrt(max(b_prev**2 - variance, 0.0))
     x_prev = a_prev * prediction.pred_x_start + direction * prediction.pred_noise
-    if variance > 0:
-        if noise is None:
-            raise ValueError("eta above 0 needs noise at every step. Pass noise or a generator.")
-        x_prev = x_prev + math.sqrt(variance) * noise
-    return x_prev
+    return x_prev + math.sqrt(variance) * _given(noise) if variance > 0 else x_prev
+
+
+def dpmpp_2m_step(
+    diffusion: Diffusion,
+    x_t: Float[Tensor, "batch ..."],
+    pred_x_start: Float[Tensor, "batch ..."],
+    t: int,
+    t_prev: int,
+    *,
+    last: tuple[int, Tensor] | None = None,
+) -> Float[Tensor, "batch ..."]:
+    """One step of DPM-Solver++(2M): x_p = (b_p/b_t) x_t + (a_p - b_p a_t/b_t) D.
+
+    D extrapolates x_start from this step's and the last one's prediction over log SNR: with
+    h the step in lambda = log(a/b) and r = h_last/h, D = (1 + 1/2r) x0 - (1/2r) x0_last. The first
+    step, and the last one into the data, are first order; a last step of infinite h (from zero
+    terminal SNR) contributes no correction.
+
+    Args:
+        diffusion: the process.
+        x_t: the present images.
+        pred_x_start: the network's word on the data under them.
+        t: the present timestep.
+        t_prev: the next one to visit, -1 for the data.
+        last: the timestep before t and what was predicted there; None at the first step.
+
+    Reference: Lu et al., DPM-Solver++ (2211.01095), Algorithm 2.
+    """
+    a_t, b_t = scales_at(diffusion.schedule, t)
+    a_p, b_p = scales_at(diffusion.schedule, t_prev)
+    d = pred_x_start
+    if last is not None and t_prev >= 0:
+        t_last, last_x_start = last
+        h = _log_ratio(diffusion, t_prev) - _log_ratio(diffusion, t)
+        h_last = _log_ratio(diffusion, t) - _log_ratio(diffusion, t_last)
+        correction = h / (2 * h_last)  # 1/2r; 0 where h_last is infinite
+        d = (1 + correction) * pred_x_start - correction * last_x_start
+    return (b_p / b_t) * x_t + (a_p - b_p * a_t / b_t) * d
+
+
+@torch.inference_mode()
+def sample_ddpm(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x_T: Float[Tensor, "batch ..."],  # noqa: N803  (the field's name for the starting noise)
+    *,
+    num_steps: int | None = None,
+    spacing: Spacing = "trailing",
+    timesteps: Sequence[int] | None = None,
+    variance: Variance = "fixed_small",
+    clip_x_start: bool = True,
+    generator: Generators = None,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "batch ..."]:
+    """Samples ancestrally from the noise x_T; arguments as `sample_ddim`, and `variance`.
+
+    Raises:
+        ValueError: as `sample_ddim`, an unknown variance, or no generator.
+    """
+    x = x_T
+    for k, t, t_prev in _visits(diffusion, num_steps, spacing, timesteps):
+        prediction = _predict(diffusion, model, x, t, clip_x_start)
+        noise = None if t_prev < 0 else _draw_noise(x, generator)
+        x = ddpm_step(diffusion, x, prediction, t, t_prev, variance=variance, noise=noise)
+        if on_step is not None:
+            on_step(k, x)
+    return x
 
 
 @torch.inference_mode()
 def sample_ddim(
     diffusion: Diffusion,
     model: Denoiser,
-    x_T: Float[Tensor, "batch ..."],  # noqa: N803  (the field's name for the starting noise)
+    x_T: Float[Tensor, "batch ..."],  # noqa: N803
     *,
-    num_steps: int,
+    num_steps: int | None = None,
     spacing: Spacing = "trailing",
+    timesteps: Sequence[int] | None = None,
     eta: float = 0.0,
     clip_x_start: bool = True,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    generator: Generators = None,
+    on_step: OnStep | None = None,
 ) -> Float[Tensor, "batch ..."]:
     """Samples with DDIM from the noise x_T.
 
     Args:
         diffusion: the process the network was trained for.
         model: called as `model(x_t, t)`.
-        x_T: standard normal noise, one row an image.
+        x_T: standard normal noise, one row an image; x_t itself where `timesteps` begins at t.
         num_steps: how many steps to take, 1..T.
         spacing: where they lie.
+        timesteps: the steps themselves, descending, in place of num_steps and spacing.
         eta: 0 is deterministic, 1 is ancestral sampling.
         clip_x_start: clamp the predicted clean data to [-1, 1] at every step.
         generator: the source of the noise when eta is above 0: one, or one for each image.
@@ -84,19 +195,84 @@ def sample_ddim(
         The samples, the shape of x_T, in [-1, 1] when clipped.
 
     Raises:
-        ValueError: num_steps, spacing or eta out of range; eta above 0 without a generator.
+        ValueError: num_steps, spacing, timesteps or eta out of range; both or neither of num_steps
+            and timesteps; eta above 0 without a generator.
     """
     _check_eta(eta)
-    steps = make_timesteps(diffusion.num_train_timesteps, num_steps, spacing).tolist()
     x = x_T
-    for k, (t, t_prev) in enumerate(zip(steps, [*steps[1:], -1], strict=True), start=1):
-        t_batch = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
-        prediction = diffusion.predict(model, x, t_batch, clip_x_start=clip_x_start)
+    for k, t, t_prev in _visits(diffusion, num_steps, spacing, timesteps):
+        prediction = _predict(diffusion, model, x, t, clip_x_start)
         noise = None if eta == 0 or t_prev < 0 else _draw_noise(x, generator)
         x = ddim_step(diffusion, prediction, t, t_prev, eta=eta, noise=noise)
         if on_step is not None:
             on_step(k, x)
     return x
+
+
+@torch.inference_mode()
+def sample_dpmpp_2m(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x_T: Float[Tensor, "batch ..."],  # noqa: N803
+    *,
+    num_steps: int | None = None,
+    spacing: Spacing = "trailing",
+    timesteps: Sequence[int] | None = None,
+    clip_x_start: bool = True,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "batch ..."]:
+    """Samples with DPM-Solver++(2M) from the noise x_T; arguments as `sample_ddim`.
+
+    Raises:
+        ValueError: as `sample_ddim`.
+    """
+    x = x_T
+    last: tuple[int, Tensor] | None = None
+    for k, t, t_prev in _visits(diffusion, num_steps, spacing, timesteps):
+        x_start = _predict(diffusion, model, x, t, clip_x_start).pred_x_start
+        x = dpmpp_2m_step(diffusion, x, x_start, t, t_prev, last=last)
+        last = (t, x_start)
+        if on_step is not None:
+            on_step(k, x)
+    return x
+
+
+def interpolate(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x_1: Float[Tensor, "batch ..."],
+    x_2: Float[Tensor, "batch ..."],
+    *,
+    t: int,
+    weight: float,
+    noise: Float[Tensor, "batch ..."],
+    clip_x_start: bool = True,
+) -> Float[Tensor, "batch ..."]:
+    """Images between two: both noised to t with one noise, mixed, and denoised with DDIM.
+
+    Args:
+        diffusion: the process.
+        model: called as `model(x_t, t)`.
+        x_1: where weight 0 begins, in [-1, 1].
+        x_2: where weight 1 ends.
+        t: how far to noise: the further, the more freely the network fills in.
+        weight: of x_2, in [0, 1].
+        noise: standard normal, shared by both, so that weight 0 and 1 come back to the images.
+        clip_x_start: as in `sample_ddim`.
+
+    Raises:
+        ValueError: t or weight out of range.
+
+    Reference: Ho et al., DDPM (2006.11239), section 4.3, with one noise and DDIM.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must be between 0 and 1, got {weight}. 0.5 is halfway.")
+    steps = range(t, -1, -1)
+    t_batch = torch.full((x_1.shape[0],), t, dtype=torch.int64, device=x_1.device)
+    x_t = torch.lerp(
+        diffusion.q_sample(x_1, t_batch, noise), diffusion.q_sample(x_2, t_batch, noise), weight
+    )
+    return sample_ddim(diffusion, model, x_t, timesteps=steps, clip_x_start=clip_x_start)
 
 
 def make_image_noise(
@@ -115,15 +291,54 @@ def make_image_noise(
     return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
+def _visits(
+    diffusion: Diffusion, num_steps: int | None, spacing: Spacing, timesteps: Sequence[int] | None
+) -> Iterator[tuple[int, int, int]]:
+    """(number of the step from 1, t, t_prev) of a sampler's way, into the data at the end."""
+    if (num_steps is None) == (timesteps is None):
+        raise ValueError("Give either num_steps or timesteps to a sampler, not both or neither.")
+    last = diffusion.num_train_timesteps - 1
+    if num_steps is not None:
+        timesteps = make_timesteps(last + 1, num_steps, spacing).tolist()
+    steps = list(timesteps or ())
+    if not steps or steps != sorted(set(steps), reverse=True) or steps[0] > last or steps[-1] < 0:
+        raise ValueError(
+            f"timesteps must descend strictly within {last}..0, got {steps[:8]}"
+            f"{'...' if len(steps) > 8 else ''}. Sort them and drop what repeats."
+        )
+    return ((k + 1, t, p) for k, (t, p) in enumerate(zip(steps, [*steps[1:], -1], strict=True)))
+
+
+def _predict(
+    diffusion: Diffusion, model: Denoiser, x: Tensor, t: int, clip_x_start: bool
+) -> Prediction:
+    t_batch = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
+    return diffusion.predict(model, x, t_batch, clip_x_start=clip_x_start)
+
+
+def _log_ratio(diffusion: Diffusion, t: int) -> float:
+    """lambda = log(a/b), half the log SNR; -inf where there is no signal."""
+    a, b = scales_at(diffusion.schedule, t)
+    return math.log(a / b) if a > 0 else -math.inf
+
+
 def _check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}. 0 is deterministic.")
 
 
-def _draw_noise(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+def _given(noise: Tensor | None) -> Tensor:
+    if noise is None:
+        raise ValueError("This step adds noise and none was given. Pass noise or a generator.")
+    return noise
+
+
+def _draw_noise(x: Tensor, generator: Generators) -> Tensor:
     if generator is None:
-        raise ValueError("eta above 0 needs a generator to draw noise from. Pass generator=.")
-    if isinstance(generator, list):
-        rows = [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generator]
-        return torch.stack(rows).to(x)
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        raise ValueError("This sampler adds noise and needs a generator. Pass generator=.")
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    rows = [
+        torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in generator
+    ]
+    return torch.stack(rows).to(x.device)

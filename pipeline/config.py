@@ -94,11 +94,13 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """Schedule and objective; the options of the named schedule go into `schedule_options`."""
 
-    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "cosine"
+    schedule: Literal[
+        "linear", "scaled_linear", "cosine", "sigmoid", "sqrt", "logistic", "lerp"
+    ] = "cosine"
     schedule_options: dict[str, float | bool] = {}
     num_train_timesteps: Positive = 1000
-    objective: Literal["pred_noise", "pred_x0", "pred_v"] = "pred_v"
-    weighting: Literal["uniform", "snr", "min_snr"] = "uniform"
+    objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = "pred_v"
+    weighting: Literal["uniform", "snr", "min_snr", "vlb"] = "uniform"
     gamma: float = Field(default=5.0, gt=0)
 
 

@@ -2,11 +2,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_core import Diffusion, make_schedule
-from diffusion_core.objectives import OBJECTIVES, WEIGHTINGS, Objective, Weighting, loss_weights
-from diffusion_core.process import posterior_variance, scales_at
+from diffusion_core import Diffusion, NoiseSchedule, make_schedule
+from diffusion_core.objectives import WEIGHTINGS, Objective, Weighting, loss_weights
+from diffusion_core.process import posterior, scales_at
 
 SCHEDULE = make_schedule("cosine", 20)
+LERP = make_schedule("lerp", 20)
+VALID: list[tuple[NoiseSchedule, Objective]] = [
+    (SCHEDULE, "pred_noise"),
+    (SCHEDULE, "pred_x0"),
+    (SCHEDULE, "pred_v"),
+    (LERP, "pred_x0"),
+    (LERP, "pred_v"),
+    (LERP, "pred_flow"),
+]
 
 
 def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,10 +26,12 @@ def draw(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
     return x_start, noise, torch.randint(20, (shape[0],), generator=g)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("schedule", "objective"), VALID)
 @pytest.mark.parametrize("shape", [(6, 3, 4, 4), (6, 2, 8), (6, 2)])
-def test_conversion_inverts_the_target(objective: Objective, shape: tuple[int, ...]) -> None:
-    diffusion = Diffusion(SCHEDULE, objective)
+def test_conversion_inverts_the_target(
+    schedule: NoiseSchedule, objective: Objective, shape: tuple[int, ...]
+) -> None:
+    diffusion = Diffusion(schedule, objective)
     x_start, noise, t = draw(shape)
     x_t = diffusion.q_sample(x_start, t, noise)
     prediction = diffusion.convert(diffusion.target(x_start, t, noise), x_t, t)
@@ -28,9 +39,11 @@ def test_conversion_inverts_the_target(objective: Objective, shape: tuple[int, .
     assert torch.allclose(prediction.pred_noise, noise, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_clipped_prediction_still_explains_x_t(objective: Objective) -> None:
-    diffusion = Diffusion(SCHEDULE, objective)
+@pytest.mark.parametrize(("schedule", "objective"), VALID)
+def test_clipped_prediction_still_explains_x_t(
+    schedule: NoiseSchedule, objective: Objective
+) -> None:
+    diffusion = Diffusion(schedule, objective)
     x_start, noise, t = draw((6, 3, 4, 4))
     x_t = diffusion.q_sample(x_start, t, noise)
     prediction = diffusion.predict(lambda x, _: x * 3, x_t, t, clip_x_start=True)
@@ -39,26 +52,62 @@ def test_clipped_prediction_still_explains_x_t(objective: Objective) -> None:
     assert torch.allclose(again, x_t, atol=1e-12)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_snr_weighting_makes_every_loss_the_noise_loss(objective: Objective) -> None:
+@pytest.mark.filterwarnings("ignore:weighting 'snr' gives weight 0")
+@pytest.mark.parametrize(("schedule", "objective"), VALID)
+def test_snr_weighting_makes_every_loss_the_noise_loss(
+    schedule: NoiseSchedule, objective: Objective
+) -> None:
     x_start, noise, t = draw((6, 3, 4, 4))
     guess = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)).double()
     reference = ((guess - noise) ** 2).flatten(1).mean(1)
 
-    diffusion = Diffusion(SCHEDULE, objective, "snr")
+    t = t.clamp(max=18)  # lerp's last step holds no signal
+    diffusion = Diffusion(schedule, objective, "snr")
     x_t = diffusion.q_sample(x_start, t, noise)
-    a, b = (scale[t].view(-1, 1, 1, 1) for scale in (SCHEDULE.signal_scale, SCHEDULE.noise_scale))
+    a, b = (scale[t].view(-1, 1, 1, 1) for scale in (schedule.signal_scale, schedule.noise_scale))
     implied_x_start = (x_t - b * guess) / a
     output = diffusion.target(implied_x_start, t, guess)
     loss = diffusion.loss_per_sample(lambda *_: output, x_start, t=t, noise=noise)
     assert torch.allclose(loss.double(), reference, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:weighting '(min_)?snr' gives weight 0")
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_weights_are_finite_and_positive(objective: Objective, weighting: Weighting) -> None:
-    weights = loss_weights(make_schedule("cosine", 1000), objective, weighting)
-    assert bool((torch.isfinite(weights) & (weights > 0)).all())
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v", "pred_flow"])
+@pytest.mark.parametrize("num_train_timesteps", [1, 2, 1000])
+def test_weights_are_finite(
+    objective: Objective, weighting: Weighting, num_train_timesteps: int
+) -> None:
+    name = "lerp" if objective == "pred_flow" else "cosine"
+    weights = loss_weights(make_schedule(name, num_train_timesteps), objective, weighting)
+    assert bool((torch.isfinite(weights) & (weights >= 0)).all())
+    assert bool((weights[:-1] > 0).all())
+
+
+def test_vlb_weight_is_the_kl_between_posteriors() -> None:
+    # KL of two Gaussians of equal variance whose means differ by the x_start coefficient.
+    weights = loss_weights(SCHEDULE, "pred_x0", "vlb")
+    for t in range(1, 20):
+        q = posterior(SCHEDULE, t, t - 1)
+        assert float(weights[t]) == pytest.approx(q.on_x_start**2 / (2 * q.variance), rel=1e-9)
+    assert float(weights[0]) == pytest.approx(1 / (2 * posterior(SCHEDULE, 1, 0).variance))
+
+
+def test_min_snr_equals_the_papers_form() -> None:
+    snr = SCHEDULE.snr
+    capped = snr.clamp(max=5.0)
+    for objective, expected in (
+        ("pred_noise", capped / snr),
+        ("pred_x0", capped),
+        ("pred_v", capped / (snr + 1)),
+    ):
+        got = loss_weights(SCHEDULE, objective, "min_snr")  # pyright: ignore
+        assert torch.allclose(got, expected, rtol=1e-12)
+
+
+def test_weight_0_where_sampling_starts_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="Use uniform"):
+        Diffusion(SCHEDULE.zero_terminal_snr(), "pred_v", "min_snr")
 
 
 def test_loss_gradient_equals_a_hand_written_one() -> None:
@@ -89,12 +138,12 @@ def test_splitting_a_batch_leaves_the_mean_loss() -> None:
 def test_posterior_variance_is_ddpm_equation_7(t: int) -> None:
     abar, beta = SCHEDULE.alphas_cumprod, SCHEDULE.betas
     expected = (1 - abar[t - 1]) / (1 - abar[t]) * beta[t]
-    assert posterior_variance(SCHEDULE, t, t - 1) == pytest.approx(float(expected), rel=1e-9)
+    assert posterior(SCHEDULE, t, t - 1).variance == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_data_is_timestep_minus_one() -> None:
     assert scales_at(SCHEDULE, -1) == (1.0, 0.0)
-    assert posterior_variance(SCHEDULE, 3, -1) == 0
+    assert posterior(SCHEDULE, 3, -1).variance == 0
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -1,87 +1,21 @@
-"""Samplers against the exact denoiser of a Gaussian, whose chain is known in closed form."""
-
-from itertools import pairwise
+"""Samplers beyond the chains of `test_conformance.py`: seeds, steps, extremes, refusals."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion_core import Diffusion, make_image_noise, make_schedule, make_timesteps, sample_ddim
-from diffusion_core.objectives import OBJECTIVES, Objective
-from diffusion_core.process import scales_at
-from diffusion_core.timesteps import SPACINGS, Spacing
+from diffusion_core import (
+    Diffusion,
+    interpolate,
+    make_image_noise,
+    make_schedule,
+    make_timesteps,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpmpp_2m,
+)
 
 SCHEDULE = make_schedule("cosine", 100)
-DATA_STD = 0.6
-
-
-def gaussian_denoiser(diffusion: Diffusion):
-    """The ideal network for data N(0, DATA_STD^2): E[x_start | x_t] is linear in x_t."""
-
-    def model(x_t: Tensor, t: Tensor) -> Tensor:
-        a, b = scales_at(diffusion.schedule, int(t[0]))
-        x_start = x_t * a * DATA_STD**2 / (a**2 * DATA_STD**2 + b**2)
-        noise = (x_t - a * x_start) / b
-        return diffusion.target(x_start, t, noise)
-
-    return model
-
-
-def closed_form_gain(num_steps: int, spacing: Spacing) -> float:
-    """DDIM's output over its input: the product over the steps of (a_p k + b_p (1 - a k) / b)."""
-    steps = make_timesteps(SCHEDULE.num_train_timesteps, num_steps, spacing).tolist()
-    gain = 1.0
-    for t, t_prev in zip(steps, [*steps[1:], -1], strict=True):
-        a, b = scales_at(SCHEDULE, t)
-        a_prev, b_prev = scales_at(SCHEDULE, t_prev)
-        k = a * DATA_STD**2 / (a**2 * DATA_STD**2 + b**2)
-        gain *= a_prev * k + b_prev * (1 - a * k) / b
-    return gain
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 100])
-def test_ddim_has_the_gain_of_the_exact_chain(
-    objective: Objective, spacing: Spacing, num_steps: int
-) -> None:
-    diffusion = Diffusion(SCHEDULE, objective)
-    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    x = sample_ddim(
-        diffusion,
-        gaussian_denoiser(diffusion),
-        x_T,
-        num_steps=num_steps,
-        spacing=spacing,
-        clip_x_start=False,
-    )
-    assert torch.allclose(x, closed_form_gain(num_steps, spacing) * x_T, rtol=0, atol=1e-10)
-
-
-def test_ancestral_sampling_reaches_the_variance_of_its_chain() -> None:
-    # eta = 1: variance follows v <- g^2 v + sigma^2 with the step's own gain g.
-    diffusion = Diffusion(SCHEDULE, "pred_noise")
-    x_T = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = sample_ddim(
-        diffusion,
-        gaussian_denoiser(diffusion),
-        x_T,
-        num_steps=100,
-        eta=1.0,
-        clip_x_start=False,
-        generator=torch.Generator().manual_seed(1),
-    )
-    variance = 1.0
-    steps = [*range(99, -1, -1), -1]
-    for t, t_prev in pairwise(steps):
-        a, b = scales_at(SCHEDULE, t)
-        a_prev, b_prev = scales_at(SCHEDULE, t_prev)
-        k = a * DATA_STD**2 / (a**2 * DATA_STD**2 + b**2)
-        alpha = a / a_prev
-        sigma_2 = (b**2 - alpha**2 * b_prev**2) * b_prev**2 / b**2
-        gain = a_prev * k + max(b_prev**2 - sigma_2, 0) ** 0.5 * (1 - a * k) / b
-        variance = gain**2 * variance + sigma_2
-    assert float(x.var()) == pytest.approx(variance, rel=0.05)
 
 
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
@@ -117,3 +51,58 @@ def test_reports_every_step() -> None:
 def test_refuses_eta_it_cannot_honour(eta: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample_ddim(Diffusion(SCHEDULE), lambda x, _: x, torch.zeros(1, 1), num_steps=3, eta=eta)
+
+
+def zeros(x: Tensor, t: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_timesteps_take_the_place_of_num_steps() -> None:
+    x_T, diffusion = torch.randn(2, 1, 4, 4), Diffusion(SCHEDULE)
+    steps = make_timesteps(100, 7, "linspace").tolist()
+    by_number = sample_ddim(diffusion, zeros, x_T, num_steps=7, spacing="linspace")
+    assert torch.equal(sample_ddim(diffusion, zeros, x_T, timesteps=steps), by_number)
+
+
+@pytest.mark.parametrize("steps", [[], [3, 5], [5, 5], [100], [3, -1]])
+def test_refuses_timesteps_that_do_not_descend(steps: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must descend strictly within 99\.\.0"):
+        sample_dpmpp_2m(Diffusion(SCHEDULE), zeros, torch.zeros(1, 1), timesteps=steps)
+
+
+def test_refuses_both_or_neither_of_num_steps_and_timesteps() -> None:
+    for arguments in ({}, {"num_steps": 2, "timesteps": [1, 0]}):
+        with pytest.raises(ValueError, match="either num_steps or timesteps"):
+            sample_ddpm(Diffusion(SCHEDULE), zeros, torch.zeros(1, 1), **arguments)
+
+
+def test_ancestral_sampling_needs_a_generator() -> None:
+    with pytest.raises(ValueError, match="needs a generator"):
+        sample_ddpm(Diffusion(SCHEDULE), zeros, torch.zeros(1, 1), num_steps=2)
+
+
+@pytest.mark.parametrize("sampler", [sample_ddim, sample_ddpm, sample_dpmpp_2m])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_starts_from_noise_alone_without_dividing_by_it(sampler, steps: int) -> None:
+    diffusion = Diffusion(SCHEDULE.zero_terminal_snr(), "pred_v")
+    more = {"generator": torch.Generator()} if sampler is sample_ddpm else {}
+    x = sampler(diffusion, zeros, torch.randn(2, 1, 4, 4), num_steps=steps, **more)
+    assert bool(torch.isfinite(x).all())
+    assert float(x.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_interpolation_ends_at_its_images(weight: float) -> None:
+    # One image is all the data there is: the ideal network knows it.
+    diffusion = Diffusion(SCHEDULE, "pred_x0")
+    images = torch.rand(2, 1, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    chosen = images[int(weight)]
+    x = interpolate(
+        diffusion, lambda x, t: chosen, images[0], images[1], t=60, weight=weight,
+        noise=torch.randn(1, 1, 4, 4, dtype=torch.float64),
+    )  # fmt: skip
+    assert torch.allclose(x, chosen, atol=1e-9)
+    with pytest.raises(ValueError, match="weight must be between 0 and 1"):
+        interpolate(
+            diffusion, zeros, images[0], images[1], t=6, weight=2.0, noise=torch.zeros_like(chosen)
+        )

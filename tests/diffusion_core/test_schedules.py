@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_core import make_schedule
+from diffusion_core import NoiseSchedule, make_schedule
 
-NAMES = ("linear", "scaled_linear", "cosine", "sigmoid")
+NAMES = ("linear", "cosine", "sigmoid", "sqrt")  # those that reach noise by default
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +74,9 @@ def test_sigmoid_equals_algorithm_1() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="must be one of linear, scaled_linear, cosine, sigmoid"):
+    with pytest.raises(
+        ValueError, match="must be one of linear, scaled_linear, cosine, sigmoid, sqrt, logistic"
+    ):
         make_schedule("cosin", 10)
 
 
@@ -99,3 +101,89 @@ def test_betas_above_one_are_refused_with_the_index() -> None:
 def test_warns_when_it_never_reaches_noise() -> None:
     with pytest.warns(UserWarning, match="keeps abar = 0.77"):
         make_schedule("linear", 100, beta_start=1e-5, beta_end=5e-3, scale_to_T=False)
+
+
+def test_sqrt_is_in_abar_and_refuses_an_s_that_ends_early() -> None:
+    # Diffusion-LM: abar(u) = 1 - sqrt(u + s), a ratio of 1 at u = 0; the last beta is capped.
+    T, s = 100, 1e-4
+    abar = make_schedule("sqrt", T, s=s).alphas_cumprod
+    expected = [(1 - math.sqrt((i + 1) / T + s)) / (1 - math.sqrt(s)) for i in range(T - 1)]
+    assert abar[:-1].tolist() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match=r"needs 0 < s < 1/T = 0\.01"):
+        make_schedule("sqrt", T, s=0.01)
+
+
+def test_logistic_is_the_s_curve_demos() -> None:
+    with pytest.warns(UserWarning, match="keeps abar = 0.778"):
+        betas = make_schedule("logistic", 100).betas
+    expected = [(5e-3 - 1e-5) / (1 + math.exp(6 - 12 * i / 99)) + 1e-5 for i in range(100)]
+    assert betas.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_lerp_is_the_straight_path() -> None:
+    schedule = make_schedule("lerp", 4)
+    assert schedule.signal_scale.tolist() == [0.75, 0.5, 0.25, 0.0]
+    assert schedule.noise_scale.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert not schedule.is_variance_preserving
+    with pytest.raises(ValueError, match="is defined for variance-preserving schedules only"):
+        _ = schedule.betas
+
+
+def test_trained_betas_are_taken_as_they_are() -> None:
+    betas = [0.1, 0.2, 0.999]
+    assert make_schedule("trained_betas", 3, betas=betas).betas.tolist() == pytest.approx(betas)
+    assert make_schedule("trained_betas", 2, betas=[0.5, 1.0]).has_zero_terminal_snr
+    for wrong in ([0.1, 1.0, 0.2], [0.1, -0.1, 0.2], [0.1, math.nan, 0.2], [0.1, 0.2]):
+        with pytest.raises(ValueError, match="beta"):
+            make_schedule("trained_betas", 3, betas=wrong)
+
+
+def test_zero_terminal_snr_is_algorithm_1() -> None:
+    before = make_schedule("linear", 1000)
+    after = before.zero_terminal_snr()
+    a = [math.sqrt(v) for v in before.alphas_cumprod.tolist()]
+    expected = [(v - a[-1]) * a[0] / (a[0] - a[-1]) for v in a]
+    assert after.signal_scale.tolist() == pytest.approx(expected, abs=1e-12)
+    assert float(after.signal_scale[-1]) == 0
+    assert float(after.betas[-1]) == 1
+    assert torch.isfinite(after.snr).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_shift_and_scale_move_log_snr(name: str) -> None:
+    before = make_schedule(name, 100)
+    shifted = before.shifted(base_resolution=32, resolution=128)
+    moved = shifted.snr.log() - before.snr.log()
+    assert torch.allclose(moved, torch.full_like(moved, 2 * math.log(32 / 128)), atol=1e-9)
+    scaled = before.input_scaled(0.7)
+    moved = scaled.snr.log() - before.snr.log()
+    assert torch.allclose(moved, torch.full_like(moved, 2 * math.log(0.7)), atol=1e-9)
+    assert scaled.is_variance_preserving
+
+
+def test_modifiers_refuse_what_has_no_meaning() -> None:
+    lerp, cosine = make_schedule("lerp", 10), make_schedule("cosine", 10)
+    for refused in (lerp.zero_terminal_snr, lambda: lerp.input_scaled(0.5)):
+        with pytest.raises(ValueError, match="variance-preserving schedules only"):
+            refused()
+    with pytest.raises(ValueError, match="must be above 0"):
+        cosine.input_scaled(0.0)
+    with pytest.raises(ValueError, match="at least 1 pixel"):
+        cosine.shifted(base_resolution=0, resolution=8)
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "message"),
+    [
+        ([0.9, math.nan], [0.1, 0.2], "not finite"),
+        ([0.9, 0.9], [0.1, 0.2], "signal that does not fall at step 1"),
+        ([0.9, 0.8], [0.2, 0.1], "SNR that does not fall at step 1"),
+        ([0.9, 0.8], [0.0, 0.1], "noise at every step"),
+        ([1.0, 0.8], [0.1, 0.2], "noise at every step"),
+    ],
+)
+def test_sequences_that_are_no_schedule_are_refused(
+    signal: list[float], noise: list[float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule("x", torch.tensor(signal).double(), torch.tensor(noise).double())

@@ -1,11 +1,12 @@
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_core import make_timesteps
-from diffusion_core.timesteps import SPACINGS, Spacing
+from diffusion_core import draw_timesteps, make_timesteps
+from diffusion_core.timesteps import DRAWS, SPACINGS, Draw, Spacing
 
 
 @given(
@@ -57,3 +58,26 @@ def test_refuses_what_it_cannot_visit(num_steps: int) -> None:
 def test_refuses_an_unknown_spacing() -> None:
     with pytest.raises(ValueError, match="spacing must be one of"):
         make_timesteps(10, 2, "even")  # pyright: ignore
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_each_draw_is_uniform_on_its_own(draw: Draw) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([draw_timesteps(10, 8, draw, generator) for _ in range(4000)])
+    for column in (0, 3, 7):
+        counts = torch.bincount(drawn[:, column], minlength=10)
+        assert counts.shape == (10,)
+        assert float((counts - 400).abs().max()) < 100  # 5 deviations of a binomial
+
+
+def test_antithetic_pairs_and_strata() -> None:
+    pairs = draw_timesteps(100, 7, "antithetic", torch.Generator().manual_seed(0))
+    assert (pairs[:3] + pairs[4:]).tolist() == [99] * 3
+    strata = draw_timesteps(100, 10, "stratified", torch.Generator().manual_seed(0))
+    assert sorted(t // 10 for t in strata.tolist()) == list(range(10))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_refuses_an_unknown_draw() -> None:
+    with pytest.raises(ValueError, match="draw must be one of"):
+        draw_timesteps(10, 2, "sobol")  # pyright: ignore
