@@ -19,7 +19,7 @@ from rich.table import Table
 from jobs.console import EventPrinter, show_plan
 from pipeline.config import Config, load_config
 from pipeline.driver import Outcome, Plan, make_plan, run_config
-from pipeline.errors import RaydiffusionError
+from pipeline.errors import ConfigError, RaydiffusionError
 from pipeline.runs import list_runs, read_progress, read_run
 from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
@@ -121,6 +121,39 @@ def report(
 ) -> None:
     """Write the report, do what it needs, and print where it is."""
     _run_steps(config, set_, as_json, no_wait, ("report",))
+
+
+@app.command()
+def schedules(
+    target: Annotated[
+        list[str] | None, typer.Argument(help="a config, or schedule names; none is all of them")
+    ] = None,
+    num_train_timesteps: Annotated[
+        int, typer.Option("--timesteps", help="T of the named ones")
+    ] = 1000,
+    image: Annotated[Path | None, typer.Option(help="a picture to noise")] = None,
+    output: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("schedules.html"),
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw noise schedules side by side: signal, noise, log SNR, and an image noised."""
+    with _errors_to_exit_codes(as_json):
+        names = target or []
+        config = None
+        if any(name.endswith(".toml") for name in names):
+            if len(names) > 1:
+                raise ConfigError("schedules takes one config or names, not both. Give one kind.")
+            config = load_config(names[0], set_ or ())
+        from pipeline.report.schedules import write_config_study, write_study  # torch: only here
+
+        if config is not None:
+            rows = write_config_study(config, image, output)
+        else:
+            rows = write_study(names, num_train_timesteps, image, output)
+        if as_json:
+            _print_json({"output": str(output), "schedules": rows})
+        else:
+            _show_schedules(Console(), rows, output)
 
 
 def _run_steps(
@@ -230,6 +263,19 @@ def _show_run(console: Console, document: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _show_schedules(console: Console, rows: list[dict[str, Any]], output: Path) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("schedule", "signal left at the end", "steps near pure noise"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["name"], f"{row['signal_left']:.2g}", f"{row['near_noise']:.1%}")
+    console.print(table)
+    for row in rows:
+        if row["warning"]:
+            console.print(f"note: {row['warning']}", highlight=False, markup=False)
+    console.print(f"drawn: {output}", highlight=False, soft_wrap=True)
 
 
 def _plan_json(planned: Plan) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylim(top=float(np.quantile(losses, 0.98)) * 1.5)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def schedule_curve(schedule: NoiseSchedule) -> str:
@@ -72,7 +72,7 @@ def schedule_curve(schedule: NoiseSchedule) -> str:
     right.plot(t, schedule.snr.log(), color=ACCENT)
     right.axhline(0, color=MUTED, linewidth=0.8)
     right.set(xlabel="timestep", title="log SNR")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
@@ -92,10 +92,11 @@ def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
         axes.annotate(label, (max(x, low), height), ha="center", color=colour, fontsize=10)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{name} (lower is better, log scale)")
-    return _svg(figure)
+    return to_svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG text to put into a page."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
