@@ -3,6 +3,7 @@
 No files, no processes, no Ray, no global random state: those live in `pipeline`.
 """
 
+from diffusion_core.bound import Bound, variational_bound
 from diffusion_core.ema import EMA
 from diffusion_core.process import Diffusion, Prediction
 from diffusion_core.samplers import (
@@ -20,6 +21,7 @@ from diffusion_core.unet import UNet, UNetConfig
 __all__ = [
     "CHUNK",
     "EMA",
+    "Bound",
     "Diffusion",
     "NoiseSchedule",
     "Prediction",
@@ -33,4 +35,5 @@ __all__ = [
     "sample_ddim",
     "sample_ddpm",
     "sample_dpmpp_2m",
+    "variational_bound",
 ]

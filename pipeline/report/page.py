@@ -27,14 +27,8 @@ def report(context: StepContext) -> dict[str, Any]:
     history = [
         json.loads(line) for line in context.read_input("train", "metrics.jsonl").splitlines()
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         config=config,
         config_text=_config_text(config.model_dump(mode="json", exclude={"cluster", "storage"})),
         score=score,
@@ -57,6 +51,18 @@ def report(context: StepContext) -> dict[str, Any]:
     )
     context.write_artifact("report.html", page.encode())
     return {"bytes": len(page)}
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills a template of this package; a value that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _read_images(content: bytes) -> np.ndarray:

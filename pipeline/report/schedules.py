@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -18,6 +17,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.features import quantise
 from pipeline.models import make_diffusion
+from pipeline.report.page import render
 from pipeline.report.plots import MUTED, image_grid, to_svg
 
 NEAR_NOISE_SNR = 0.01  # the signal a tenth of the noise
@@ -85,14 +85,8 @@ def _write(
         }
         for schedule, warning in studied
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("schedules.html.jinja").render(
+    page = render(
+        "schedules.html.jinja",
         rows=rows,
         num_train_timesteps=schedules[0].num_train_timesteps,
         curves=_curves(schedules),
