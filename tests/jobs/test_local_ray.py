@@ -43,6 +43,9 @@ def test_leaves_no_process_and_no_directory_behind(
     tiny_config: Path, short_temp: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     mark = uuid.uuid4().hex
+    # A package of our name where the user stands must not reach the workers.
+    (tiny_config.parent / "pipeline").mkdir()
+    (tiny_config.parent / "pipeline" / "__init__.py").write_text("raise RuntimeError('not ours')")
     # Where the config says nothing, an address in the environment must not decide.
     env = {MARK: mark, "TMPDIR": str(short_temp), "RAY_ADDRESS": "127.0.0.1:1"}
     done = run_cli(
