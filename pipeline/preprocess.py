@@ -43,7 +43,10 @@ def preprocess(context: StepContext) -> dict[str, Any]:
     """Turns every input shard into Arrow shards by split; shards done before are kept.
 
     Raises:
-        DataError: too many images cannot be used, or a split is empty.
+        DataError: too many images cannot be used, a split is empty, a shard cannot be read, or the
+            shards are no longer those of the plan.
+        StorageError: results cannot be written, or nodes do not share the storage root.
+        ClusterError: Ray lost the work.
     """
     data = context.config.data
     shards = list_input_shards(data.sources, context.storage)
@@ -84,7 +87,8 @@ def preprocess_shard(
     Images that cannot be read are listed with the reason in the manifest, not used.
 
     Raises:
-        DataError: the shard cannot be opened or holds no image.
+        DataError: the shard cannot be opened or read to its end, changed meanwhile, holds no image
+            or a label that is no number.
     """
     rows: dict[str, list[ImageRow]] = {split: [] for split in SPLITS}
     refused: list[dict[str, str]] = []
