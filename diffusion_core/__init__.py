@@ -4,7 +4,7 @@ No files, no processes, no Ray, no global random state: those live in `pipeline`
 """
 
 from diffusion_core.bound import Bound, variational_bound
-from diffusion_core.ema import EMA
+from diffusion_core.ema import EMA, PostHocEMA, Snapshot, reconstruct
 from diffusion_core.process import Diffusion, Prediction
 from diffusion_core.samplers import (
     CHUNK,
@@ -24,7 +24,9 @@ __all__ = [
     "Bound",
     "Diffusion",
     "NoiseSchedule",
+    "PostHocEMA",
     "Prediction",
+    "Snapshot",
     "UNet",
     "UNetConfig",
     "draw_timesteps",
@@ -32,6 +34,7 @@ __all__ = [
     "make_image_noise",
     "make_schedule",
     "make_timesteps",
+    "reconstruct",
     "sample_ddim",
     "sample_ddpm",
     "sample_dpmpp_2m",

@@ -8,14 +8,19 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion_core.process import Denoiser, Diffusion, posterior, scales_at
-from diffusion_core.samplers import VARIANCES, Variance
-
-HALF_BIN = 1 / 255  # 8-bit data in [-1, 1]: neighbours are 2/255 apart
-SMALLEST = 1e-12  # probability of a bin: its logarithm must stay finite
+from diffusion_core.posterior import (
+    decoder_bits,
+    kl_bits,
+    learned_log_variance,
+    posterior,
+    scales_at,
+    variance_bounds,
+)
+from diffusion_core.process import Denoiser, Diffusion
+from diffusion_core.samplers import Variance, check_variance
 
 
 class Bound(NamedTuple):
@@ -38,12 +43,14 @@ def variational_bound(
     x_start: Float[Tensor, "batch ..."],
     *,
     variance: Variance = "fixed_small",
+    class_labels: Int64[Tensor, " batch"] | None = None,
     clip_x_start: bool = True,
     generator: torch.Generator | None = None,
 ) -> Bound:
     """The bound of each sample in bits per dimension, by T evaluations of the network.
 
-    One noise is drawn at each step, so the value is an unbiased estimate.
+    One noise is drawn at each step, so the value is an unbiased estimate. A self-conditioned
+    network is shown no guess.
 
     Args:
         diffusion: the process.
@@ -51,24 +58,21 @@ def variational_bound(
         x_start: 8-bit data in [-1, 1]: multiples of 2/255 from -1.
         variance: of the model's steps. At t = 0 `fixed_small` would be 0: the posterior variance
             of step 1 stands in, or beta where T = 1.
+        class_labels: one for each sample.
         clip_x_start: clamp the predicted clean data to [-1, 1].
         generator: the source of the noise, on x_start's device.
 
     Raises:
-        ValueError: an unknown variance.
+        ValueError: an unknown variance, or `learned` where the process has none.
 
     Reference: Ho et al., DDPM (2006.11239), eqs. 5 and 13; Nichol & Dhariwal (2102.09672),
         section 3.1, for the variance at t = 0.
     """
-    if variance not in VARIANCES:
-        raise ValueError(
-            f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}. "
-            "Choose one of these."
-        )
+    check_variance(diffusion, variance)
     schedule = diffusion.schedule
     last = schedule.num_train_timesteps - 1
     a, b = scales_at(schedule, last)
-    prior = _normal_kl((a * x_start) ** 2, b**2, 1.0)
+    prior = kl_bits((a * x_start) ** 2, 2 * math.log(b), 0.0)
     kl, decoder = torch.zeros_like(prior), torch.zeros_like(prior)
     for t in range(last, -1, -1):
         t_batch = torch.full((x_start.shape[0],), t, dtype=torch.int64, device=x_start.device)
@@ -76,31 +80,18 @@ def variational_bound(
             x_start.shape, generator=generator, device=x_start.device, dtype=x_start.dtype
         )
         x_t = diffusion.q_sample(x_start, t_batch, noise)
-        prediction = diffusion.predict(model, x_t, t_batch, clip_x_start=clip_x_start)
-        q = posterior(schedule, t, t - 1)
+        prediction, fraction = diffusion.predict_with_variance(
+            model, x_t, t_batch, class_labels=class_labels, clip_x_start=clip_x_start
+        )
+        small, large = map(math.log, variance_bounds(schedule, t, t - 1))
+        log_variance = torch.as_tensor(small if variance == "fixed_small" else large)
+        if variance == "learned" and fraction is not None:
+            log_variance = learned_log_variance(fraction, small, large)
         if t > 0:
+            q = posterior(schedule, t, t - 1)
             gap = q.on_x_start * (x_start - prediction.pred_x_start)
-            kl += _normal_kl(gap**2, q.variance, q.variance if _is_small(variance) else q.beta)
+            kl += kl_bits(gap**2, math.log(q.variance), log_variance.to(gap))
         else:
-            var = posterior(schedule, 1, 0).variance if _is_small(variance) and last else q.beta
-            decoder = _decoder_bits(x_start, prediction.pred_x_start, math.sqrt(var))
+            std = (log_variance.to(x_start) / 2).exp()
+            decoder = decoder_bits(x_start, prediction.pred_x_start, std)
     return Bound(prior, kl, decoder)
-
-
-def _is_small(variance: Variance) -> bool:
-    return variance == "fixed_small"
-
-
-def _normal_kl(gap_squared: Tensor, var_1: float, var_2: float) -> Float[Tensor, " batch"]:
-    """KL(N(m1, var_1) || N(m2, var_2)) in bits per dimension, from (m1 - m2)^2."""
-    nats = 0.5 * (math.log(var_2 / var_1) + (var_1 + gap_squared) / var_2 - 1)
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def _decoder_bits(x_start: Tensor, mean: Tensor, std: float) -> Float[Tensor, " batch"]:
-    """-log2 of the Gaussian's mass on the bin around x_start; the outer bins are open-ended."""
-    above = torch.special.ndtr((x_start + HALF_BIN - mean) / std)
-    below = torch.special.ndtr((x_start - HALF_BIN - mean) / std)
-    above = torch.where(x_start > 1 - HALF_BIN, torch.ones_like(above), above)
-    below = torch.where(x_start < -1 + HALF_BIN, torch.zeros_like(below), below)
-    return -(above - below).clamp(min=SMALLEST).log2().flatten(1).mean(1)

@@ -1,21 +1,31 @@
-"""The diffusion process: noising, conversions, the posterior, and the training loss.
+"""The diffusion process: noising, conversions, guidance, and the training loss.
 
-`Diffusion` joins a schedule with an objective. Weights by timestep are in `objectives.py`,
-the reverse process is in `samplers.py`. Nothing here draws a random number unless it is
-handed a generator.
+`Diffusion` joins a schedule with an objective. Weights by timestep are in `objectives.py`, the
+posterior of a step in `posterior.py`, the reverse process in `samplers.py`. Nothing here draws a
+random number unless it is needed and not given.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from diffusion_core.objectives import Objective, Weighting, check_objective, loss_weights
+from diffusion_core.posterior import (
+    decoder_bits,
+    kl_bits,
+    learned_log_variance,
+    posterior,
+    variance_bounds,
+)
 from diffusion_core.schedules import NoiseSchedule
 
 Denoiser = Callable[..., Tensor]
+
+VARIATIONAL_SHARE = 0.001  # of the bound in the hybrid loss: 2102.09672, section 3.1
 
 
 class Prediction(NamedTuple):
@@ -28,22 +38,30 @@ class Prediction(NamedTuple):
 class Diffusion(nn.Module):
     """A schedule and an objective: the mathematics between data, noise and a network.
 
-    A module only so that its constants follow `.to(device)`; it has no parameters.
+    A module only so that its constants follow `.to(device)`; it has no parameters. Half
+    precision inputs are computed with in float32.
 
     Args:
         schedule: signal and noise scales by timestep.
         objective: what the network's output stands for.
         weighting: the weight of each timestep in the loss.
         gamma: the bound of `min_snr`.
+        offset_noise: strength of the noise shared by a channel, in drawn noise.
+        self_condition: the network takes its own earlier guess of the clean data.
+        learned_variance: the second half of the network's channels sets the variance of `ddpm`.
+        null_label: the label that means no class.
+        label_dropout: probability that the loss replaces a label by the null label.
 
     Raises:
-        ValueError: an unknown objective or weighting, or an objective that the schedule gives no
-            meaning to.
+        ValueError: an unknown objective or weighting, an objective that the schedule gives no
+            meaning to, a negative offset_noise, or label_dropout outside [0, 1] or without a
+            null_label.
     """
 
     signal_scale: Tensor
     noise_scale: Tensor
     weights: Tensor
+    step_constants: Tensor
 
     def __init__(
         self,
@@ -51,17 +69,35 @@ class Diffusion(nn.Module):
         objective: Objective = "pred_v",
         weighting: Weighting = "uniform",
         gamma: float = 5.0,
+        *,
+        offset_noise: float = 0.0,
+        self_condition: bool = False,
+        learned_variance: bool = False,
+        null_label: int | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_objective(schedule, objective)
+        if offset_noise < 0:
+            raise ValueError(f"offset_noise must be 0 or above, got {offset_noise}. Try 0.1.")
+        if not 0 <= label_dropout <= 1 or (label_dropout > 0 and null_label is None):
+            raise ValueError(
+                f"label_dropout must be in [0, 1] and needs a null_label, got {label_dropout} and "
+                f"null_label = {null_label}. 0.1 and the number of classes are usual."
+            )
         self.schedule = schedule
         self.objective: Objective = objective
         self.weighting: Weighting = weighting
-        for name, values in (
-            ("signal_scale", schedule.signal_scale),
-            ("noise_scale", schedule.noise_scale),
-            ("weights", loss_weights(schedule, objective, weighting, gamma)),
-        ):
+        self.offset_noise = offset_noise
+        self.self_condition = self_condition
+        self.learned_variance = learned_variance
+        self.null_label = null_label
+        self.label_dropout = label_dropout
+        constants = [("signal_scale", schedule.signal_scale), ("noise_scale", schedule.noise_scale)]
+        constants.append(("weights", loss_weights(schedule, objective, weighting, gamma)))
+        if learned_variance:
+            constants.append(("step_constants", _step_constants(schedule)))
+        for name, values in constants:
             self.register_buffer(name, values.float(), persistent=False)
 
     @property
@@ -80,7 +116,7 @@ class Diffusion(nn.Module):
         Reference: Ho et al., DDPM (2006.11239), eq. 4, for any pair of scales.
         """
         a, b = self._scales(t, x_start)
-        return a * x_start + b * noise
+        return (a * x_start + b * noise).to(x_start.dtype)
 
     def target(
         self,
@@ -111,6 +147,7 @@ class Diffusion(nn.Module):
     ) -> Prediction:
         """Reads a network's output as noise and clean data, exact inverses of `q_sample`."""
         a, b = self._scales(t, x_t)
+        output = output.to(a.dtype)
         match self.objective:
             case "pred_noise":
                 return Prediction(output, (x_t - b * output) / a)
@@ -128,23 +165,74 @@ class Diffusion(nn.Module):
         x_t: Float[Tensor, "batch ..."],
         t: Int64[Tensor, " batch"],
         *,
+        x_self_cond: Float[Tensor, "batch ..."] | None = None,
+        class_labels: Int64[Tensor, " batch"] | None = None,
+        guidance_scale: float = 1.0,
         clip_x_start: bool = False,
     ) -> Prediction:
         """Runs the network and converts its output.
 
         Args:
-            model: called as `model(x_t, t)`.
+            model: called as `model(x_t, t)`, or with `x_self_cond` and `class_labels=` where the
+                process has them.
             x_t: the noised batch.
             t: its timesteps, 0-based.
+            x_self_cond: an earlier guess of the clean data.
+            class_labels: one for each sample.
+            guidance_scale: w in o_null + w (o_class - o_null); 1 is no guidance.
             clip_x_start: clamp the clean data to [-1, 1] and derive the noise anew from the
                 clamped value, so that the two still explain x_t.
+
+        Raises:
+            ValueError: guidance without labels or without a null label.
         """
-        prediction = self.convert(model(x_t, t), x_t, t)
-        if not clip_x_start:
-            return prediction
-        a, b = self._scales(t, x_t)
-        x_start = prediction.pred_x_start.clamp(-1, 1)
-        return Prediction((x_t - a * x_start) / b, x_start)
+        return self.predict_with_variance(
+            model,
+            x_t,
+            t,
+            x_self_cond=x_self_cond,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            clip_x_start=clip_x_start,
+        )[0]
+
+    def predict_with_variance(
+        self,
+        model: Denoiser,
+        x_t: Float[Tensor, "batch ..."],
+        t: Int64[Tensor, " batch"],
+        *,
+        x_self_cond: Float[Tensor, "batch ..."] | None = None,
+        class_labels: Int64[Tensor, " batch"] | None = None,
+        guidance_scale: float = 1.0,
+        clip_x_start: bool = False,
+    ) -> tuple[Prediction, Float[Tensor, "batch ..."] | None]:
+        """As `predict`, and where between its bounds the log variance lies (0 to 1, or None).
+
+        Reference: guidance: Ho & Salimans (2207.12598), eq. 6, in the form that is 1 without it.
+        """
+        if guidance_scale == 1:
+            output = self._run(model, x_t, t, x_self_cond, class_labels)
+            output, fraction = self.split_output(output)
+        else:
+            output, fraction = self._run_guided(
+                model, x_t, t, x_self_cond, class_labels, guidance_scale
+            )
+        prediction = self.convert(output, x_t, t)
+        if clip_x_start:
+            a, b = self._scales(t, x_t)
+            x_start = prediction.pred_x_start.clamp(-1, 1)
+            prediction = Prediction((x_t - a * x_start) / b, x_start)
+        return prediction, fraction
+
+    def split_output(
+        self, output: Float[Tensor, "batch channel ..."]
+    ) -> tuple[Float[Tensor, "batch half ..."], Float[Tensor, "batch half ..."] | None]:
+        """The objective's part of a network's output, and the variance's as 0 to 1, or None."""
+        if not self.learned_variance:
+            return output, None
+        output, variance = output.chunk(2, dim=1)
+        return output, (variance.to(torch.promote_types(variance.dtype, torch.float32)) + 1) / 2
 
     def loss(
         self,
@@ -154,19 +242,39 @@ class Diffusion(nn.Module):
         t: Int64[Tensor, " batch"] | None = None,
         noise: Float[Tensor, "batch ..."] | None = None,
         generator: torch.Generator | None = None,
+        self_condition: bool | None = None,
+        class_labels: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, ""]:
         """Weighted mean squared error of the network on freshly noised data.
 
+        With a learned variance, plus 0.001 of the variational bound in bits per dimension, in
+        which the mean is held fixed.
+
         Args:
-            model: called as `model(x_t, t)`.
+            model: called as in `predict`.
             x_start: clean data in [-1, 1].
             t: timesteps; drawn uniformly when not given.
-            noise: standard normal noise; drawn when not given.
+            noise: standard normal noise; drawn when not given, with the offset.
             generator: the source of what is drawn, on x_start's device.
+            self_condition: whether this batch is shown the network's own guess; a fair coin when
+                not given. Without effect where the process has no self-conditioning.
+            class_labels: one for each sample; dropped with `label_dropout`.
 
-        Reference: Ho et al., DDPM (2006.11239), eq. 14, with a weight by timestep.
+        Raises:
+            ValueError: x_start holds values that are not finite.
+
+        Reference: Ho et al., DDPM (2006.11239), eq. 14, with a weight by timestep; Nichol &
+            Dhariwal (2102.09672), eq. 16; self-conditioning: Chen et al. (2208.04202), alg. 1.
         """
-        return self.loss_per_sample(model, x_start, t=t, noise=noise, generator=generator).mean()
+        return self.loss_per_sample(
+            model,
+            x_start,
+            t=t,
+            noise=noise,
+            generator=generator,
+            self_condition=self_condition,
+            class_labels=class_labels,
+        ).mean()
 
     def loss_per_sample(
         self,
@@ -176,65 +284,151 @@ class Diffusion(nn.Module):
         t: Int64[Tensor, " batch"] | None = None,
         noise: Float[Tensor, "batch ..."] | None = None,
         generator: torch.Generator | None = None,
+        self_condition: bool | None = None,
+        class_labels: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, " batch"]:
         """The weighted loss of each sample; `loss` is its mean. Same arguments."""
+        if not bool(torch.isfinite(x_start).all()):
+            raise ValueError(
+                "x_start holds values that are not finite. Look for them where the data is made."
+            )
+        batch, device = x_start.shape[0], x_start.device
         if t is None:
             t = torch.randint(
-                self.num_train_timesteps,
-                (x_start.shape[0],),
-                generator=generator,
-                device=x_start.device,
+                self.num_train_timesteps, (batch,), generator=generator, device=device
             )
         if noise is None:
-            noise = torch.randn(
-                x_start.shape, generator=generator, device=x_start.device, dtype=x_start.dtype
-            )
-        output = model(self.q_sample(x_start, t, noise), t)
+            noise = draw_noise(x_start, self.offset_noise, generator)
+        if class_labels is not None and self.label_dropout > 0:
+            drops = torch.rand((batch,), generator=generator, device=device) < self.label_dropout
+            class_labels = self.drop_labels(class_labels, drops)
+        if self_condition is None and self.self_condition:
+            self_condition = bool(torch.rand((1,), generator=generator, device=device) < 0.5)
+        x_t = self.q_sample(x_start, t, noise)
+        guess = None
+        if self_condition and self.self_condition:
+            with torch.no_grad():
+                guess = self.predict(model, x_t, t, class_labels=class_labels).pred_x_start
+                guess = guess.to(x_t.dtype)
+        output, fraction = self.split_output(self._run(model, x_t, t, guess, class_labels))
         squared_error = (output.float() - self.target(x_start, t, noise).float()) ** 2
-        return squared_error.flatten(1).mean(1) * self.weights[t]
+        loss = squared_error.flatten(1).mean(1) * self.weights[t]
+        if fraction is None:
+            return loss
+        pred_x_start = self.convert(output.detach(), x_t, t).pred_x_start
+        bits = self._step_bits(x_start, pred_x_start, fraction, t)
+        return loss + VARIATIONAL_SHARE * self.num_train_timesteps * bits
+
+    def drop_labels(
+        self, class_labels: Int64[Tensor, " batch"], drops: Bool[Tensor, " batch"]
+    ) -> Int64[Tensor, " batch"]:
+        """The labels with the null label where `drops` is true."""
+        return class_labels.masked_fill(drops, _given_null_label(self.null_label))
+
+    def _run(
+        self,
+        model: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None,
+        class_labels: Tensor | None,
+    ) -> Tensor:
+        """The network's output; it sees only the arguments of features that are on."""
+        if not self.self_condition and class_labels is None:
+            return model(x_t, t)
+        if class_labels is None:
+            return model(x_t, t, x_self_cond)
+        return model(x_t, t, x_self_cond, class_labels=class_labels)
+
+    def _run_guided(
+        self,
+        model: Denoiser,
+        x_t: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None,
+        class_labels: Tensor | None,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """o_null + w (o_class - o_null), both from one run on the doubled batch."""
+        if class_labels is None:
+            raise ValueError(
+                f"guidance_scale = {guidance_scale} needs class_labels. Give them or leave it at 1."
+            )
+        null = torch.full_like(class_labels, _given_null_label(self.null_label))
+        both = torch.cat([class_labels, null])
+        guess = None if x_self_cond is None else torch.cat([x_self_cond, x_self_cond])
+        t = t[:1].expand(2 * len(t)) if t.stride() == (0,) else torch.cat([t, t])
+        output = self._run(model, torch.cat([x_t, x_t]), t, guess, both)
+        output, fraction = self.split_output(output)
+        on_class, on_null = output.chunk(2)
+        guided = on_null + guidance_scale * (on_class - on_null)
+        return guided, None if fraction is None else fraction.chunk(2)[0]
+
+    def _step_bits(
+        self, x_start: Tensor, pred_x_start: Tensor, fraction: Tensor, t: Tensor
+    ) -> Float[Tensor, " batch"]:
+        """The bound's term of each sample's step t -> t - 1 in bits per dimension."""
+        shape = (-1,) + (1,) * (x_start.ndim - 1)
+        on_x_start, log_posterior, log_small, log_large = (
+            constants[t].view(shape) for constants in self.step_constants
+        )
+        log_variance = learned_log_variance(fraction, log_small, log_large)
+        x_start = x_start.float()
+        gap = on_x_start * (x_start - pred_x_start)
+        kl = kl_bits(gap**2, log_posterior, log_variance)
+        decoder = decoder_bits(x_start, pred_x_start, (log_variance / 2).exp())
+        return torch.where(t == 0, decoder, kl)
 
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and b_t, shaped to multiply `like`."""
+        """a_t and b_t, shaped to multiply `like`, in float32 or float64."""
         shape = (-1,) + (1,) * (like.ndim - 1)
         if like.dtype == torch.float64:  # exactness tests run the whole chain in float64
             a = self.schedule.signal_scale.to(like.device)[t]
             b = self.schedule.noise_scale.to(like.device)[t]
         else:
-            a, b = self.signal_scale[t].to(like.dtype), self.noise_scale[t].to(like.dtype)
+            a, b = self.signal_scale[t], self.noise_scale[t]
         return a.view(shape), b.view(shape)
 
 
-def scales_at(schedule: NoiseSchedule, t: int) -> tuple[float, float]:
-    """a_t and b_t of one timestep as floats; t = -1 is the data itself: (1, 0)."""
-    if t < 0:
-        return 1.0, 0.0
-    return float(schedule.signal_scale[t]), float(schedule.noise_scale[t])
+def draw_noise(
+    like: Float[Tensor, "batch channel *rest"],
+    offset: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "batch channel *rest"]:
+    """Standard normal noise, plus `offset` times one normal number for each channel.
 
+    The offset lets a network learn to move the mean of an image, which at the last step of most
+    schedules still shows through the noise.
 
-class Posterior(NamedTuple):
-    """q(x_p | x_t, x_start) of one step t -> p: mean = on_x_t x_t + on_x_start x_start."""
+    Args:
+        like: what shape, type and device to draw.
+        offset: strength, 0.1 being usual; 0 draws nothing more.
+        generator: the source.
 
-    on_x_t: float
-    on_x_start: float
-    variance: float
-    beta: float  # b_t^2 - alpha^2 b_p^2, the step's own noise; DDPM's beta_t on adjacent steps
-
-
-def posterior(schedule: NoiseSchedule, t: int, t_prev: int) -> Posterior:
-    """The Gaussian posterior of any pair of scales and any p < t.
-
-    alpha = a_t / a_p, beta = b_t^2 - alpha^2 b_p^2, mean = (alpha b_p^2 x_t + a_p beta x_start) /
-    b_t^2, variance = beta b_p^2 / b_t^2. At t_prev = -1 the mean is x_start and the variance 0.
-
-    Reference: Ho et al., DDPM (2006.11239), eqs. 6-7, where p = t - 1 and the pair is VP.
+    Reference: Guttenberg, Diffusion with Offset Noise (crosslabs.org, 2023).
     """
-    a_t, b_t = scales_at(schedule, t)
-    a_p, b_p = scales_at(schedule, t_prev)
-    alpha = a_t / a_p
-    beta = b_t**2 - alpha**2 * b_p**2
-    return Posterior(
-        on_x_t=alpha * b_p**2 / b_t**2,
-        on_x_start=a_p * beta / b_t**2,
-        variance=beta * b_p**2 / b_t**2,
-        beta=beta,
-    )
+    settings = {"generator": generator, "device": like.device, "dtype": like.dtype}
+    noise = torch.randn(like.shape, **settings)
+    if offset == 0:
+        return noise
+    shared = torch.randn((*like.shape[:2], *(1 for _ in like.shape[2:])), **settings)
+    return noise + offset * shared
+
+
+def _step_constants(schedule: NoiseSchedule) -> Tensor:
+    """[4, T]: on x_start, log posterior variance, and the logs of the variance's bounds."""
+    rows = []
+    for t in range(schedule.num_train_timesteps):
+        small, large = variance_bounds(schedule, t, t - 1)
+        q = posterior(schedule, t, t - 1)
+        log_posterior = math.log(q.variance) if t > 0 else math.log(small)
+        rows.append([q.on_x_start, log_posterior, math.log(small), math.log(large)])
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+def _given_null_label(null_label: int | None) -> int:
+    if null_label is None:
+        raise ValueError(
+            "Guidance and label dropout need a null label. Give Diffusion null_label=num_classes."
+        )
+    return null_label

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion_core.process import Denoiser, Diffusion, Prediction, posterior, scales_at
+from diffusion_core.posterior import learned_log_variance, posterior, scales_at, variance_bounds
+from diffusion_core.process import Denoiser, Diffusion, Prediction
 from diffusion_core.timesteps import Spacing, make_timesteps
 
 CHUNK = 64  # images drawn together; image k is the same however chunks are spread
 
-Variance = Literal["fixed_small", "fixed_large"]
+Variance = Literal["fixed_small", "fixed_large", "learned"]
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 OnStep = Callable[[int, Tensor], None]
@@ -32,6 +33,7 @@ def ddpm_step(
     t_prev: int,
     *,
     variance: Variance = "fixed_small",
+    variance_fraction: Float[Tensor, "batch ..."] | None = None,
     noise: Float[Tensor, "batch ..."] | None = None,
 ) -> Float[Tensor, "batch ..."]:
     """One ancestral step: a draw from q(x_p | x_t, x_start) with the predicted x_start.
@@ -42,24 +44,30 @@ def ddpm_step(
         prediction: the network's word on them.
         t: the present timestep.
         t_prev: the next one to visit, -1 for the data.
-        variance: `fixed_small` is the posterior's, `fixed_large` the step's beta.
+        variance: `fixed_small` is the posterior's, `fixed_large` the step's beta, `learned` lies
+            between the two by the network's word.
+        variance_fraction: where between them, 0 to 1 in the logarithm; for `learned`.
         noise: standard normal, needed but at the last step.
 
     Raises:
-        ValueError: an unknown variance, or no noise where some is needed.
+        ValueError: an unknown variance, `learned` where the process has none, or no noise where
+            some is needed.
 
-    Reference: Ho et al., DDPM (2006.11239), eqs. 6-7 and section 3.2.
+    Reference: Ho et al., DDPM (2006.11239), eqs. 6-7 and section 3.2; Nichol & Dhariwal
+        (2102.09672), eq. 15, for `learned`.
     """
-    if variance not in VARIANCES:
-        raise ValueError(
-            f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}. "
-            "Choose one of these."
-        )
+    check_variance(diffusion, variance)
     q = posterior(diffusion.schedule, t, t_prev)
     x_prev = q.on_x_t * x_t + q.on_x_start * prediction.pred_x_start
     if t_prev < 0:
         return x_prev
-    return x_prev + math.sqrt(q.variance if variance == "fixed_small" else q.beta) * _given(noise)
+    if variance != "learned" or variance_fraction is None:
+        std = math.sqrt(q.variance if variance == "fixed_small" else q.beta)
+        return x_prev + std * _given(noise)
+    small, large = map(math.log, variance_bounds(diffusion.schedule, t, t_prev))
+    return x_prev + (learned_log_variance(variance_fraction, small, large) / 2).exp() * _given(
+        noise
+    )
 
 
 def ddim_step(
@@ -145,6 +153,8 @@ def sample_ddpm(
     timesteps: Sequence[int] | None = None,
     variance: Variance = "fixed_small",
     clip_x_start: bool = True,
+    class_labels: Int64[Tensor, " batch"] | None = None,
+    guidance_scale: float = 1.0,
     generator: Generators = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "batch ..."]:
@@ -153,14 +163,18 @@ def sample_ddpm(
     Raises:
         ValueError: as `sample_ddim`, an unknown variance, or no generator.
     """
-    x = x_T
+    check_variance(diffusion, variance)
+    x, predict = _begin(diffusion, model, x_T, clip_x_start, class_labels, guidance_scale)
     for k, t, t_prev in _visits(diffusion, num_steps, spacing, timesteps):
-        prediction = _predict(diffusion, model, x, t, clip_x_start)
+        prediction, fraction = predict(x, t)
         noise = None if t_prev < 0 else _draw_noise(x, generator)
-        x = ddpm_step(diffusion, x, prediction, t, t_prev, variance=variance, noise=noise)
+        x = ddpm_step(
+            diffusion, x, prediction, t, t_prev,
+            variance=variance, variance_fraction=fraction, noise=noise,
+        )  # fmt: skip
         if on_step is not None:
             on_step(k, x)
-    return x
+    return x.to(x_T.dtype)
 
 
 @torch.inference_mode()
@@ -174,6 +188,8 @@ def sample_ddim(
     timesteps: Sequence[int] | None = None,
     eta: float = 0.0,
     clip_x_start: bool = True,
+    class_labels: Int64[Tensor, " batch"] | None = None,
+    guidance_scale: float = 1.0,
     generator: Generators = None,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "batch ..."]:
@@ -188,6 +204,8 @@ def sample_ddim(
         timesteps: the steps themselves, descending, in place of num_steps and spacing.
         eta: 0 is deterministic, 1 is ancestral sampling.
         clip_x_start: clamp the predicted clean data to [-1, 1] at every step.
+        class_labels: one for each sample, for a network with classes.
+        guidance_scale: w in o_null + w (o_class - o_null); 1 is no guidance.
         generator: the source of the noise when eta is above 0: one, or one for each image.
         on_step: called after each step with the number of steps taken and x.
 
@@ -196,17 +214,17 @@ def sample_ddim(
 
     Raises:
         ValueError: num_steps, spacing, timesteps or eta out of range; both or neither of num_steps
-            and timesteps; eta above 0 without a generator.
+            and timesteps; eta above 0 without a generator; guidance without labels.
     """
     _check_eta(eta)
-    x = x_T
+    x, predict = _begin(diffusion, model, x_T, clip_x_start, class_labels, guidance_scale)
     for k, t, t_prev in _visits(diffusion, num_steps, spacing, timesteps):
-        prediction = _predict(diffusion, model, x, t, clip_x_start)
+        prediction, _ = predict(x, t)
         noise = None if eta == 0 or t_prev < 0 else _draw_noise(x, generator)
         x = ddim_step(diffusion, prediction, t, t_prev, eta=eta, noise=noise)
         if on_step is not None:
             on_step(k, x)
-    return x
+    return x.to(x_T.dtype)
 
 
 @torch.inference_mode()
@@ -219,6 +237,8 @@ def sample_dpmpp_2m(
     spacing: Spacing = "trailing",
     timesteps: Sequence[int] | None = None,
     clip_x_start: bool = True,
+    class_labels: Int64[Tensor, " batch"] | None = None,
+    guidance_scale: float = 1.0,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "batch ..."]:
     """Samples with DPM-Solver++(2M) from the noise x_T; arguments as `sample_ddim`.
@@ -226,15 +246,15 @@ def sample_dpmpp_2m(
     Raises:
         ValueError: as `sample_ddim`.
     """
-    x = x_T
+    x, predict = _begin(diffusion, model, x_T, clip_x_start, class_labels, guidance_scale)
     last: tuple[int, Tensor] | None = None
     for k, t, t_prev in _visits(diffusion, num_steps, spacing, timesteps):
-        x_start = _predict(diffusion, model, x, t, clip_x_start).pred_x_start
+        x_start = predict(x, t)[0].pred_x_start
         x = dpmpp_2m_step(diffusion, x, x_start, t, t_prev, last=last)
         last = (t, x_start)
         if on_step is not None:
             on_step(k, x)
-    return x
+    return x.to(x_T.dtype)
 
 
 def interpolate(
@@ -309,11 +329,57 @@ def _visits(
     return ((k + 1, t, p) for k, (t, p) in enumerate(zip(steps, [*steps[1:], -1], strict=True)))
 
 
-def _predict(
-    diffusion: Diffusion, model: Denoiser, x: Tensor, t: int, clip_x_start: bool
-) -> Prediction:
-    t_batch = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
-    return diffusion.predict(model, x, t_batch, clip_x_start=clip_x_start)
+def check_variance(diffusion: Diffusion, variance: str) -> None:
+    """Refuses a variance that is unknown or that the process does not have.
+
+    Raises:
+        ValueError: as said.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(
+            f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}. "
+            "Choose one of these."
+        )
+    if variance == "learned" and not diffusion.learned_variance:
+        raise ValueError(
+            "variance 'learned' needs a network that puts it out. Use fixed_small, or a Diffusion "
+            "and a network with learned_variance=True."
+        )
+
+
+def _begin(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x_T: Tensor,  # noqa: N803
+    clip_x_start: bool,
+    class_labels: Tensor | None,
+    guidance_scale: float,
+) -> tuple[Tensor, Callable[[Tensor, int], tuple[Prediction, Tensor | None]]]:
+    """x in a precision to compute with, and the prediction at (x, t).
+
+    The network is called in x_T's own precision, and a self-conditioned one is shown what it
+    predicted a step before.
+    """
+    guess: Tensor | None = None
+
+    def predict(x: Tensor, t: int) -> tuple[Prediction, Tensor | None]:
+        nonlocal guess
+        # One timestep for all, expanded: the network embeds it once.
+        t_batch = torch.full((1,), t, dtype=torch.int64, device=x.device).expand(x.shape[0])
+        prediction, fraction = diffusion.predict_with_variance(
+            model,
+            x.to(x_T.dtype),
+            t_batch,
+            x_self_cond=guess,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            clip_x_start=clip_x_start,
+        )
+        if diffusion.self_condition:
+            guess = prediction.pred_x_start.to(x_T.dtype)
+        return prediction, fraction
+
+    return x_T.to(torch.promote_types(x_T.dtype, torch.float32)), predict
 
 
 def _log_ratio(diffusion: Diffusion, t: int) -> float:

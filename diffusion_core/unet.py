@@ -1,20 +1,31 @@
-"""The U-Net: a denoiser for images, conditioned on the timestep.
+"""The U-Net: a denoiser for images and sequences, conditioned on the timestep.
 
-The layout is that of denoising-diffusion-pytorch: two residual blocks and an attention per
-level, pixel-unshuffle down, nearest upsample and convolution up, a skip from every block.
+Two residual blocks and an attention per level, a skip from every block, resampling between
+levels. It expresses the networks of denoising-diffusion-pytorch exactly (`interop.py` reads
+their weights). A sequence is treated as an image of height 1, so that there is one
+implementation. Normalisation is in `norms.py`, attention in `attention.py`, small networks for
+teaching in `networks.py`.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-Attention = Literal["none", "full"]
+from diffusion_core.attention import FullAttention, LinearAttention
+from diffusion_core.convolutions import StandardizedConv2d, UpsampleConv2d
+from diffusion_core.norms import Norm
+
+Attention = Literal["none", "linear", "full"]
+BlockNorm = Literal["group", "rms"]
+Downsample = Literal["unshuffle", "strided"]
+TimeFeatures = Literal["sinusoidal", "learned", "random"]
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -22,133 +33,240 @@ class UNetConfig:
     """Everything that determines a `UNet`.
 
     Args:
-        channels: of the image.
+        channels: of the image or sequence.
         dim: channels at the first level.
         dim_mults: each level's channels as a multiple of dim; each level but the last halves
             the resolution.
-        attention: one for each level; the middle always attends.
-        heads: of attention.
-        head_dim: channels of each head.
-        norm_groups: groups of the GroupNorm in blocks; must divide every level's channels.
+        attention: one for each level; the middle always attends fully.
+        heads: of attention, one number for all levels or one for each.
+        head_dim: channels of each head, likewise. The middle has the last level's, or a number of
+            its own where one more is given than there are levels.
+        norm: in residual blocks. Attention is normalised by RMSNorm.
+        norm_groups: groups of GroupNorm; must divide every level's channels.
         dropout: in residual blocks, 0 to 1.
+        is_sequence: x is [batch, channel, length].
+        init_dim: channels before the first level; dim when not given.
+        memory_kv: learned keys and values in each attention.
+        downsample: `unshuffle` is a pixel-unshuffle and a 1x1 convolution, `strided` a
+            convolution of kernel 4 and stride 2.
+        time_features: `sinusoidal`; Fourier features `learned` or `random` and fixed, which also
+            take t itself.
+        time_features_dim: number of Fourier features, even.
+        time_theta: the longest period of sinusoidal features over 2 pi.
+        self_condition: also takes an earlier guess of the clean data.
+        num_classes: also takes class labels 0..num_classes - 1; num_classes is the null label.
+        learned_variance: twice the output channels, the second half for the variance.
+        has_old_layout: as denoising-diffusion-pytorch up to 1.6: standardised weights in blocks,
+            LayerNorm around attention, and in images linear attention over the pixel count.
+
+    Raises:
+        ValueError: values that do not go together.
     """
 
     channels: int = 3
     dim: int = 64
     dim_mults: tuple[int, ...] = (1, 2, 4, 8)
-    attention: tuple[Attention, ...] = ("none", "none", "none", "full")
-    heads: int = 4
-    head_dim: int = 32
+    attention: tuple[Attention, ...] = ("linear", "linear", "linear", "full")
+    heads: int | tuple[int, ...] = 4
+    head_dim: int | tuple[int, ...] = 32
+    norm: BlockNorm = "group"
     norm_groups: int = 8
     dropout: float = 0.0
+    is_sequence: bool = False
+    init_dim: int | None = None
+    memory_kv: int = 0
+    downsample: Downsample = "unshuffle"
+    time_features: TimeFeatures = "sinusoidal"
+    time_features_dim: int = 16
+    time_theta: float = 10000.0
+    self_condition: bool = False
+    num_classes: int | None = None
+    learned_variance: bool = False
+    has_old_layout: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.attention) != len(self.dim_mults):
-            raise ValueError(
-                f"model.attention must name one kind for each of the {len(self.dim_mults)} "
-                f"levels of model.dim_mults, got {len(self.attention)}. Make them equally long."
-            )
-        unknown = set(self.attention) - set(get_args(Attention))
-        if unknown:
-            raise ValueError(
-                f"model.attention must hold {' or '.join(get_args(Attention))}, "
-                f"got {sorted(unknown)}. Choose one of these for each level."
-            )
-        if self.dim % 2 or self.dim % self.norm_groups:
+        levels = len(self.dim_mults)
+        for name, more in (("attention", 0), ("heads", 1), ("head_dim", 1)):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) not in (levels, levels + more):
+                raise ValueError(
+                    f"model.{name} must name one for each of the {levels} levels of "
+                    f"model.dim_mults, got {len(value)}. Make them equally long."
+                )
+        for name, value, allowed in (
+            ("attention", set(self.attention), Attention),
+            ("norm", {self.norm}, BlockNorm),
+            ("downsample", {self.downsample}, Downsample),
+            ("time_features", {self.time_features}, TimeFeatures),
+        ):
+            if value - set(get_args(allowed)):
+                raise ValueError(
+                    f"model.{name} must be of {', '.join(get_args(allowed))}, got "
+                    f"{', '.join(map(str, sorted(value)))}. Choose from these."
+                )
+        if self.dim % 2 or (self.norm == "group" and self.dim % self.norm_groups):
             raise ValueError(
                 f"model.dim must be even and divisible by model.norm_groups = "
                 f"{self.norm_groups}, got {self.dim}. Use a multiple of it."
             )
+        if self.norm == "group" and self.first_dim % self.norm_groups:
+            raise ValueError(
+                f"model.init_dim must be divisible by model.norm_groups = {self.norm_groups}, "
+                f"got {self.init_dim}. Use a multiple of it."
+            )
+        if self.time_features_dim % 2:
+            raise ValueError(
+                f"model.time_features_dim must be even, got {self.time_features_dim}. "
+                "Sines and cosines come in pairs."
+            )
+
+    @property
+    def first_dim(self) -> int:
+        """Channels after the first convolution."""
+        return self.init_dim or self.dim
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.channels * (2 if self.learned_variance else 1)
 
     @property
     def size_divisor(self) -> int:
-        """What height and width must be multiples of."""
+        """What height and width, or the length, must be multiples of."""
         return 2 ** (len(self.dim_mults) - 1)
+
+    def at_level(self, name: Literal["heads", "head_dim"], level: int) -> int:
+        """`heads` or `head_dim` of a level; -1 is the middle."""
+        value = getattr(self, name)
+        return value[level] if isinstance(value, tuple) else value
 
 
 class UNet(nn.Module):
     """Predicts, from a noised image and its timestep, what the objective asks for.
 
+    Weights and activations are kept channels-last whatever the layout of the input.
+
+    Args:
+        config: what it is made of.
+
     Raises:
-        ValueError: at the call, an image whose sides the levels cannot halve.
+        ValueError: at the call, sides that the levels cannot halve, or class labels given to a
+            network that has no classes.
+
+    Reference: Ho et al., DDPM (2006.11239), appendix B, in the form of
+        denoising-diffusion-pytorch.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        dim, time_dim = config.dim, config.dim * 4
-        self.time_embedding = nn.Sequential(
-            SinusoidalEmbedding(dim), nn.Linear(dim, time_dim), nn.GELU(),
-            nn.Linear(time_dim, time_dim),
-        )  # fmt: skip
-        self.init_conv = nn.Conv2d(config.channels, dim, 7, padding=3)
+        self.time_embedding = TimeEmbedding(config)
+        inputs = config.channels * (2 if config.self_condition else 1)
+        self.init_conv = _conv(config, inputs, config.first_dim, 7)
 
-        def block(dim_in: int, dim_out: int) -> ResidualBlock:
-            return ResidualBlock(dim_in, dim_out, time_dim, config.norm_groups, config.dropout)
-
-        def attention(kind: Attention, dim: int) -> nn.Module:
-            return nn.Identity() if kind == "none" else FullAttention(dim, config)
-
-        dims = [dim, *(dim * m for m in config.dim_mults)]
-        levels = list(zip(dims[:-1], dims[1:], config.attention, strict=True))
+        dims = [config.first_dim, *(config.dim * m for m in config.dim_mults)]
+        levels = list(enumerate(zip(dims[:-1], dims[1:], config.attention, strict=True)))
         last = len(levels) - 1
+
+        def level(i: int, block_dims: Size, kind: Attention, resample: nn.Module) -> Level:
+            return Level(
+                ResidualBlock(config, *block_dims),
+                ResidualBlock(config, *block_dims),
+                _attention(config, kind, block_dims[1], i),
+                resample,
+            )
+
         self.downs = nn.ModuleList()
-        for i, (dim_in, dim_out, kind) in enumerate(levels):
-            resample = (
-                nn.Conv2d(dim_in, dim_out, 3, padding=1)
-                if i == last
-                else nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(dim_in * 4, dim_out, 1))
-            )
-            self.downs.append(
-                Level(
-                    block(dim_in, dim_in), block(dim_in, dim_in), attention(kind, dim_in), resample
-                )
-            )
-        self.mid_block1 = block(dims[-1], dims[-1])
-        self.mid_attention = attention("full", dims[-1])
-        self.mid_block2 = block(dims[-1], dims[-1])
+        for i, (dim_in, dim_out, kind) in levels:
+            resample = _conv(config, dim_in, dim_out, 3) if i == last else (
+                _downsample(config, dim_in, dim_out)
+            )  # fmt: skip
+            self.downs.append(level(i, (dim_in, dim_in), kind, resample))
+        self.mid_block1 = ResidualBlock(config, dims[-1], dims[-1])
+        self.mid_attention = _attention(config, "full", dims[-1], -1)
+        self.mid_block2 = ResidualBlock(config, dims[-1], dims[-1])
         self.ups = nn.ModuleList()
-        for i, (dim_in, dim_out, kind) in reversed(list(enumerate(levels))):
-            conv = nn.Conv2d(dim_out, dim_in, 3, padding=1)
-            resample = conv if i == 0 else nn.Sequential(nn.Upsample(scale_factor=2), conv)
-            self.ups.append(
-                Level(
-                    block(dim_out + dim_in, dim_out),
-                    block(dim_out + dim_in, dim_out),
-                    attention(kind, dim_out),
-                    resample,
-                )
-            )
-        self.final_block = block(dim * 2, dim)
-        self.final_conv = nn.Conv2d(dim, config.channels, 1)
+        for i, (dim_in, dim_out, kind) in reversed(levels):
+            resample = _conv(config, dim_out, dim_in, 3) if i == 0 else (
+                UpsampleConv2d(dim_out, dim_in, config.is_sequence)
+            )  # fmt: skip
+            self.ups.append(level(i, (dim_out + dim_in, dim_out), kind, resample))
+        self.final_block = ResidualBlock(config, config.first_dim * 2, config.first_dim)
+        self.final_conv = _conv(config, config.first_dim, config.out_channels, 1)
         nn.init.zeros_(self.final_conv.weight)  # the first prediction is 0: a calm start
         nn.init.zeros_(_bias(self.final_conv))
 
+        # One product gives every block its scale and shift.
+        self.block_widths = [2 * block.dim_out for block in self.blocks()]
+        self.modulation = nn.Linear(config.dim * 4, sum(self.block_widths))
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def blocks(self) -> Iterator["ResidualBlock"]:
+        """The residual blocks in the order they run."""
+        return (module for module in self.modules() if isinstance(module, ResidualBlock))
+
     def forward(
-        self, x_t: Float[Tensor, "batch channel height width"], t: Int64[Tensor, " batch"]
-    ) -> Float[Tensor, "batch channel height width"]:
-        """The network's output for x_t at timesteps t (0-based)."""
-        divisor = self.config.size_divisor
-        if x_t.shape[-2] % divisor or x_t.shape[-1] % divisor:
-            raise ValueError(
-                f"Images must have sides divisible by {divisor} for {len(self.downs)} levels, "
-                f"got {tuple(x_t.shape[-2:])}. Change data.resolution or model.dim_mults."
-            )
-        time = self.time_embedding(t)
-        x = first = self.init_conv(x_t)
+        self,
+        x_t: Float[Tensor, "batch channel *size"],
+        t: Int64[Tensor, " batch"],
+        x_self_cond: Float[Tensor, "batch channel *size"] | None = None,
+        class_labels: Int64[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch out_channel *size"]:
+        """The network's output.
+
+        Args:
+            x_t: noised images [batch, channel, height, width], or sequences.
+            t: their timesteps, 0-based. One timestep expanded to the batch is embedded once.
+            x_self_cond: the earlier guess of the clean data; zeros when not given.
+            class_labels: one for each sample; the null label when not given.
+        """
+        self._check(x_t, class_labels)
+        x = x_t
+        if self.config.self_condition:
+            guess = torch.zeros_like(x_t) if x_self_cond is None else x_self_cond
+            x = torch.cat([guess, x_t], dim=1)
+        if self.config.is_sequence:
+            x = x[:, :, None]
+        x = x.contiguous(memory_format=torch.channels_last)
+        embedding = self.modulation(F.silu(self.time_embedding(t, class_labels)))
+        modulations = iter(embedding.split(self.block_widths, dim=1))
+
+        x = first = self.init_conv(x)
         skips: list[Tensor] = []
         for level in cast("Iterable[Level]", self.downs):
-            x = level.block1(x, time)
+            x = level.block1(x, next(modulations))
             skips.append(x)
-            x = level.attention(level.block2(x, time))
+            x = level.attention(level.block2(x, next(modulations)))
             skips.append(x)
             x = level.resample(x)
-        x = self.mid_block2(self.mid_attention(self.mid_block1(x, time)), time)
+        x = self.mid_block1(x, next(modulations))
+        x = self.mid_block2(self.mid_attention(x), next(modulations))
         for level in cast("Iterable[Level]", self.ups):
-            x = level.block1(torch.cat([x, skips.pop()], dim=1), time)
-            x = level.block2(torch.cat([x, skips.pop()], dim=1), time)
+            x = level.block1(torch.cat([x, skips.pop()], dim=1), next(modulations))
+            x = level.block2(torch.cat([x, skips.pop()], dim=1), next(modulations))
             x = level.resample(level.attention(x))
-        return self.final_conv(self.final_block(torch.cat([x, first], dim=1), time))
+        x = self.final_block(torch.cat([x, first], dim=1), next(modulations))
+        output = self.final_conv(x)
+        return output.squeeze(2) if self.config.is_sequence else output
+
+    def _check(self, x_t: Tensor, class_labels: Tensor | None) -> None:
+        config, sides = self.config, tuple(x_t.shape[2:])
+        if len(sides) != (1 if config.is_sequence else 2) or x_t.shape[1] != config.channels:
+            raise ValueError(
+                f"This U-Net takes [batch, {config.channels}, "
+                f"{'length' if config.is_sequence else 'height, width'}], got "
+                f"{list(x_t.shape)}. Change the input or the model's channels and is_sequence."
+            )
+        divisor = config.size_divisor
+        if any(side % divisor for side in sides):
+            raise ValueError(
+                f"Images must have sides divisible by {divisor} for {len(self.downs)} levels, "
+                f"got {sides}. Change data.resolution or model.dim_mults."
+            )
+        if class_labels is not None and config.num_classes is None:
+            raise ValueError(
+                "This U-Net has no classes and was given labels. Set model.num_classes."
+            )
 
 
 class Level(nn.Module):
@@ -163,65 +281,107 @@ class Level(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, the first modulated by the timestep's scale and shift."""
+    """Two convolutions of width 3, the first modulated by the timestep's scale and shift."""
 
-    def __init__(
-        self, dim_in: int, dim_out: int, time_dim: int, groups: int, dropout: float
-    ) -> None:
+    def __init__(self, config: UNetConfig, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, dim_out * 2))
-        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
-        self.norm1 = nn.GroupNorm(groups, dim_out)
-        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, dim_out)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+        self.dim_out = dim_out
+        self.conv1 = _conv(config, dim_in, dim_out, 3, config.has_old_layout)
+        self.norm1 = Norm(config.norm, dim_out, config.norm_groups)
+        self.conv2 = _conv(config, dim_out, dim_out, 3, config.has_old_layout)
+        self.norm2 = Norm(config.norm, dim_out, config.norm_groups)
+        self.dropout = nn.Dropout(config.dropout)
+        self.skip = nn.Identity() if dim_in == dim_out else _conv(config, dim_in, dim_out, 1)
 
     def forward(
-        self, x: Float[Tensor, "batch dim_in height width"], time: Float[Tensor, "batch time"]
+        self,
+        x: Float[Tensor, "batch dim_in height width"],
+        modulation: Float[Tensor, "rows two_dim_out"],
     ) -> Float[Tensor, "batch dim_out height width"]:
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm1(self.conv1(x)) * (scale + 1) + shift)
-        h = F.silu(self.norm2(self.conv2(self.dropout(h))))
-        return h + self.skip(x)
+        h = self.dropout(self.norm1(self.conv1(x), modulation, silu=True))
+        return self.norm2(self.conv2(h), silu=True) + self.skip(x)
 
 
-class FullAttention(nn.Module):
-    """Softmax attention over all pixels, with a residual."""
+class TimeEmbedding(nn.Module):
+    """The timestep, and the class where there are classes, as a vector.
 
-    def __init__(self, dim: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        hidden = config.heads * config.head_dim
-        self.norm = nn.GroupNorm(1, dim)
-        self.to_qkv = nn.Conv2d(dim, hidden * 3, 1, bias=False)
-        self.to_out = nn.Conv2d(hidden, dim, 1)
-
-    def forward(
-        self, x: Float[Tensor, "batch dim height width"]
-    ) -> Float[Tensor, "batch dim height width"]:
-        batch, _, height, width = x.shape
-        qkv = self.to_qkv(self.norm(x)).view(batch, 3, self.heads, -1, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.to_out(out.transpose(-1, -2).reshape(batch, -1, height, width))
-
-
-class SinusoidalEmbedding(nn.Module):
-    """sin and cos of t at geometrically spaced frequencies.
-
-    Reference: Vaswani et al. (1706.03762), section 3.5.
+    Reference: sinusoidal: Vaswani et al. (1706.03762), section 3.5; Fourier features: Tancik et
+        al. (2006.10739), eq. 5; labels: Dhariwal & Nichol (2105.05233), section 3.
     """
 
-    def __init__(self, dim: int, theta: float = 10000.0) -> None:
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        half = dim // 2
-        frequencies = torch.exp(torch.arange(half) * -(math.log(theta) / max(half - 1, 1)))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.kind = config.time_features
+        dim, time_dim = config.dim, config.dim * 4
+        self.num_waves, self.theta = dim // 2, config.time_theta
+        num_features = dim
+        if self.kind != "sinusoidal":
+            num_features = config.time_features_dim + 1
+            weights = torch.randn(config.time_features_dim // 2)
+            if self.kind == "learned":
+                self.frequencies = nn.Parameter(weights)
+            else:
+                self.register_buffer("frequencies", weights)
+        self.mlp = nn.Sequential(
+            nn.Linear(num_features, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim)
+        )
+        self.classes = None
+        if config.num_classes is not None:
+            self.classes = nn.Embedding(config.num_classes + 1, time_dim)
 
-    def forward(self, t: Int64[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
-        angles = t[:, None].to(self.frequencies.dtype) * self.frequencies[None]  # pyright: ignore
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    def forward(
+        self, t: Int64[Tensor, " batch"], class_labels: Int64[Tensor, " batch"] | None
+    ) -> Float[Tensor, "rows time"]:
+        if t.stride() == (0,):  # one timestep for all: its rows would be equal
+            t = t[:1]
+        steps = t[:, None].float()  # half precision cannot tell one timestep from the next
+        if self.kind == "sinusoidal":
+            waves = torch.arange(self.num_waves, device=t.device)
+            rate = -(math.log(self.theta) / max(self.num_waves - 1, 1))
+            angles = steps * (waves * rate).exp()
+            features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        else:
+            angles = steps * cast("Tensor", self.frequencies).float() * 2 * math.pi
+            features = torch.cat([steps, angles.sin(), angles.cos()], dim=-1)
+        embedding = self.mlp(features.to(cast("nn.Linear", self.mlp[0]).weight.dtype))
+        if self.classes is None:
+            return embedding
+        if class_labels is None:
+            class_labels = torch.full_like(t, self.classes.num_embeddings - 1)
+        return embedding + self.classes(class_labels)
+
+
+def _conv(
+    config: UNetConfig, dim_in: int, dim_out: int, width: int, is_standardized: bool = False
+) -> nn.Conv2d:
+    kernel = (1, width) if config.is_sequence else (width, width)
+    kind = StandardizedConv2d if is_standardized else nn.Conv2d
+    return kind(dim_in, dim_out, kernel, padding=(kernel[0] // 2, width // 2))
+
+
+def _downsample(config: UNetConfig, dim_in: int, dim_out: int) -> nn.Conv2d:
+    """Halves the sides; an unshuffle and a 1x1 convolution are one convolution of stride 2."""
+    width, padding = (2, 0) if config.downsample == "unshuffle" else (4, 1)
+    if config.is_sequence:
+        return nn.Conv2d(dim_in, dim_out, (1, width), (1, 2), (0, padding))
+    return nn.Conv2d(dim_in, dim_out, width, 2, padding)
+
+
+def _attention(config: UNetConfig, kind: Attention, dim: int, level: int) -> nn.Module:
+    settings: dict[str, Any] = {
+        "heads": config.at_level("heads", level),
+        "head_dim": config.at_level("head_dim", level),
+        "num_memory": config.memory_kv,
+        "norm": "layer" if config.has_old_layout else "rms",
+    }
+    match kind:
+        case "none":
+            return nn.Identity()
+        case "full":
+            return FullAttention(dim, **settings)
+        case "linear":
+            averages = config.has_old_layout and not config.is_sequence
+            return LinearAttention(dim, **settings, averages=averages)
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from diffusion_core import Diffusion, make_schedule, variational_bound
-from diffusion_core.bound import _decoder_bits
-from diffusion_core.process import posterior, scales_at
-from diffusion_core.samplers import VARIANCES, Variance
+from diffusion_core.posterior import decoder_bits, posterior, scales_at
+from diffusion_core.samplers import Variance
 
 BINS = torch.arange(256, dtype=torch.float64) * 2 / 255 - 1
 
@@ -17,14 +16,21 @@ def shrink(x_t: Tensor, t: Tensor) -> Tensor:
     return 0.5 * x_t
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
+def shrink_and_vary(x_t: Tensor, t: Tensor) -> Tensor:
+    """The same, with a log variance 0.7 of the way from the posterior's to beta's."""
+    return torch.cat([0.5 * x_t, torch.full_like(x_t, 0.4)], dim=1)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned"])
 @pytest.mark.parametrize("T", [1, 2, 30])
 @pytest.mark.parametrize("name", ["cosine", "lerp"])
 def test_equals_the_papers_sum_term_by_term(name: str, T: int, variance: Variance) -> None:
     schedule = make_schedule(name, T)
     x_start = BINS[[3, 200]][:, None]
     got = variational_bound(
-        Diffusion(schedule, "pred_x0"), shrink, x_start, variance=variance, clip_x_start=False,
+        Diffusion(schedule, "pred_x0", learned_variance=variance == "learned"),
+        shrink_and_vary if variance == "learned" else shrink,
+        x_start, variance=variance, clip_x_start=False,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -40,13 +46,22 @@ def test_equals_the_papers_sum_term_by_term(name: str, T: int, variance: Varianc
             if t > 0:
                 mean_q = q.on_x_t * x_t + q.on_x_start * x
                 mean_p = q.on_x_t * x_t + q.on_x_start * 0.5 * x_t
-                vq, vp = q.variance, q.variance if variance == "fixed_small" else q.beta
+                vq = q.variance
+                vp = {
+                    "fixed_small": q.variance,
+                    "fixed_large": q.beta,
+                    "learned": q.variance**0.3 * q.beta**0.7,
+                }[variance]
                 normal = torch.distributions.Normal
                 p, q_ = normal(mean_p, vp**0.5), normal(mean_q, vq**0.5)
                 kl += float(torch.distributions.kl_divergence(q_, p)) / math.log(2)
             else:
-                use_small = variance == "fixed_small" and T > 1
-                std = (posterior(schedule, 1, 0).variance if use_small else q.beta) ** 0.5
+                small = posterior(schedule, 1, 0).variance if T > 1 else q.beta
+                std = {
+                    "fixed_small": small,
+                    "fixed_large": q.beta,
+                    "learned": small**0.3 * q.beta**0.7,
+                }[variance] ** 0.5
                 low, high = ((x + s / 255 - 0.5 * x_t) / (std * 2**0.5) for s in (-1, 1))
                 decoder = -math.log2(max(0.5 * (math.erf(high) - math.erf(low)), 1e-12))
         assert float(got.prior[i]) == pytest.approx(prior, abs=1e-6)
@@ -57,7 +72,7 @@ def test_equals_the_papers_sum_term_by_term(name: str, T: int, variance: Varianc
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.3), (0.9, 0.05), (-1.2, 0.5)])
 def test_the_bins_share_the_whole_mass(mean: float, std: float) -> None:
-    bits = _decoder_bits(BINS[:, None], torch.full((256, 1), mean, dtype=torch.float64), std)
+    bits = decoder_bits(BINS[:, None], torch.full((256, 1), mean, dtype=torch.float64), std)
     assert float((2.0**-bits).sum()) == pytest.approx(1, abs=1e-8)
 
 
@@ -75,3 +90,9 @@ def test_refuses_an_unknown_variance() -> None:
     diffusion, unknown = Diffusion(make_schedule("cosine", 2)), "x"
     with pytest.raises(ValueError, match="variance must be one of"):
         variational_bound(diffusion, shrink, BINS[:1, None], variance=unknown)  # pyright: ignore
+
+
+def test_refuses_a_variance_that_the_network_does_not_have() -> None:
+    diffusion = Diffusion(make_schedule("cosine", 2))
+    with pytest.raises(ValueError, match="'learned' needs a network that puts it out"):
+        variational_bound(diffusion, shrink, BINS[:1, None], variance="learned")

@@ -26,6 +26,7 @@ from diffusion_core import (
     sample_dpmpp_2m,
 )
 from diffusion_core.objectives import OBJECTIVES, Objective
+from diffusion_core.samplers import Variance
 from diffusion_core.timesteps import SPACINGS, Spacing
 
 S = 0.6  # deviation of the data
@@ -47,7 +48,12 @@ SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "cosine, shifted": lambda T: SCHEDULES["cosine"](T).shifted(base_resolution=32, resolution=64),
     "sigmoid, scaled": lambda T: SCHEDULES["sigmoid"](T).input_scaled(0.5),
 }
-SAMPLERS = ("ddim", "ddim eta 0.5", "ddim eta 1", "ddpm small", "ddpm large", "dpmpp_2m")
+SAMPLERS = ("ddim", "ddim eta 0.5", "ddim eta 1", "ddpm small", "ddpm large", "ddpm learned",
+            "dpmpp_2m")  # fmt: skip
+VARIANCES: dict[str, Variance] = {
+    "ddpm small": "fixed_small", "ddpm large": "fixed_large", "ddpm learned": "learned",
+}  # fmt: skip
+FRACTION = 0.3  # what the network says of its variance, between the two fixed ones
 
 
 def make(name: str, num_train_timesteps: int) -> NoiseSchedule:
@@ -67,7 +73,10 @@ def ideal_denoiser(diffusion: Diffusion) -> Callable[[Tensor, Tensor], Tensor]:
     def model(x_t: Tensor, t: Tensor) -> Tensor:
         a, b = scales(diffusion.schedule, int(t[0]))
         x_start = x_t * gain_to_data(a, b)
-        return diffusion.target(x_start, t, (x_t - a * x_start) / b)
+        output = diffusion.target(x_start, t, (x_t - a * x_start) / b)
+        if not diffusion.learned_variance:
+            return output
+        return torch.cat([output, torch.full_like(output, 2 * FRACTION - 1)], dim=1)
 
     return model
 
@@ -103,7 +112,8 @@ def exact_chain(
         elif sampler.startswith("ddpm"):
             x = ((a / ap) * bp**2 * x + ap * beta * x0) / b**2
             if t_prev >= 0:
-                x = x + math.sqrt(small if "small" in sampler else beta) * draw()
+                share = {"small": 0.0, "large": 1.0, "learned": FRACTION}[sampler.split()[1]]
+                x = x + math.sqrt(small ** (1 - share) * beta**share) * draw()
         else:
             here = math.log(a / b) if a else -math.inf
             d = x0
@@ -122,7 +132,7 @@ def run(sampler: str, diffusion: Diffusion, x_T: Tensor, n: int, spacing: Spacin
         eta = float(sampler.removeprefix("ddim eta ") if "eta" in sampler else 0)
         return sample_ddim(diffusion, model, x_T, eta=eta, generator=generator, **common)
     if sampler.startswith("ddpm"):
-        variance = "fixed_small" if "small" in sampler else "fixed_large"
+        variance = VARIANCES[sampler]
         return sample_ddpm(diffusion, model, x_T, variance=variance, generator=generator, **common)
     return sample_dpmpp_2m(diffusion, model, x_T, **common)
 
@@ -141,7 +151,7 @@ def test_every_cell_equals_the_exact_chain(name: str, num_train_timesteps: int) 
     for objective, sampler, spacing in product(OBJECTIVES, SAMPLERS, SPACINGS):
         if not is_valid(schedule, objective):
             continue
-        diffusion = Diffusion(schedule, objective)
+        diffusion = Diffusion(schedule, objective, learned_variance=sampler == "ddpm learned")
         for n in sorted({1, min(2, T), min(7, T), T}):
             generator = torch.Generator().manual_seed(1)
             expected = exact_chain(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from diffusion_core import Diffusion, NoiseSchedule, make_schedule
 from diffusion_core.objectives import WEIGHTINGS, Objective, Weighting, loss_weights
-from diffusion_core.process import posterior, scales_at
+from diffusion_core.posterior import posterior, scales_at
 
 SCHEDULE = make_schedule("cosine", 20)
 LERP = make_schedule("lerp", 20)
