@@ -70,10 +70,14 @@ class ModelConfig(Section):
 
     dim: Positive = 64
     dim_mults: tuple[Positive, ...] = Field(default=(1, 2, 4), min_length=1)
-    attention: tuple[Literal["none", "full"], ...] = ("none", "none", "full")
+    attention: tuple[Literal["none", "linear", "full"], ...] = ("none", "none", "full")
     heads: Positive = 4
     head_dim: Positive = 32
+    memory_kv: int = Field(default=0, ge=0, description="learned keys and values in attention")
+    norm: Literal["group", "rms"] = "group"
     norm_groups: Positive = 8
+    downsample: Literal["unshuffle", "strided"] = "unshuffle"
+    time_features: Literal["sinusoidal", "learned", "random"] = "sinusoidal"
     dropout: Fraction = 0.0
 
     @model_validator(mode="after")
@@ -83,7 +87,7 @@ class ModelConfig(Section):
                 f"attention must name one kind for each of the {len(self.dim_mults)} levels of "
                 f"dim_mults, got {len(self.attention)}. Make them equally long."
             )
-        if self.dim % 2 or self.dim % self.norm_groups:
+        if self.dim % 2 or (self.norm == "group" and self.dim % self.norm_groups):
             raise ValueError(
                 f"dim must be even and divisible by norm_groups = {self.norm_groups}, got "
                 f"{self.dim}. Use a multiple of it."
@@ -102,6 +106,11 @@ class DiffusionConfig(Section):
     objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = "pred_v"
     weighting: Literal["uniform", "snr", "min_snr", "vlb"] = "uniform"
     gamma: float = Field(default=5.0, gt=0)
+    offset_noise: float = Field(default=0.0, ge=0, description="strength; 0.1 is usual")
+    self_condition: bool = Field(
+        default=False, description="show the network its own guess of the clean image"
+    )
+    learned_variance: bool = Field(default=False, description="for sampling with ddpm")
 
 
 class TrainConfig(Section):
@@ -119,6 +128,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(default=100, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: Fraction = 0.999
+    timestep_draw: Literal["uniform", "antithetic", "stratified"] = "uniform"
     checkpoint_every: Positive = Field(default=500, description="optimiser steps")
     max_failures: int = Field(default=2, ge=0, description="times a dead worker is replaced")
     seed: Seed = 0

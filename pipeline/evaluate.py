@@ -191,7 +191,7 @@ def _sample(config: Config, model: UNet, numbers: range, on_step: Any = None) ->
     noise, generators = make_image_noise(shape, seeds)
     return sample_ddim(
         make_diffusion(config),
-        model.eval().to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+        model.eval(),
         noise.contiguous(memory_format=torch.channels_last),
         num_steps=settings.num_steps,
         spacing=settings.spacing,

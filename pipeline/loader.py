@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from diffusion_core import process, timesteps
 from pipeline.config import NOISE_GROUP
 from pipeline.errors import StorageError
 from pipeline.shards import ArrowImages
@@ -72,25 +73,35 @@ def batch_positions(
     return np.arange(first, first + share)
 
 
-def draw_timesteps(key: tuple[int, ...], global_batch_size: int, num_timesteps: int) -> Tensor:
-    """Timesteps of the whole global batch, uniform, int64; every rank draws all of them."""
+def draw_timesteps(
+    key: tuple[int, ...], global_batch_size: int, num_timesteps: int, draw: timesteps.Draw
+) -> Tensor:
+    """Timesteps of the whole global batch, int64; every rank draws all of them."""
     generator = _generator("timesteps", *key)
-    return torch.randint(num_timesteps, (global_batch_size,), generator=generator)
+    return timesteps.draw_timesteps(num_timesteps, global_batch_size, draw, generator)
 
 
-def draw_noise(key: tuple[int, ...], groups: range, shape: tuple[int, ...]) -> Tensor:
+def draw_coin(key: tuple[int, ...]) -> bool:
+    """Whether this step shows the network its own guess: the same on every rank, or some rank
+    would nearly always take the slow branch and all would wait.
+    """
+    return bool(torch.rand((), generator=_generator("self_condition", *key)) < 0.5)
+
+
+def draw_noise(
+    key: tuple[int, ...], groups: range, shape: tuple[int, ...], offset: float = 0.0
+) -> Tensor:
     """Standard normal noise of these groups of 16 positions of the global batch.
 
     Args:
         key: seed, global step, number of rewinds.
         groups: numbers of the groups, counted through the global batch.
         shape: of one sample.
+        offset: strength of the noise shared by a channel.
     """
+    like = torch.empty((NOISE_GROUP, *shape))
     return torch.cat(
-        [
-            torch.randn((NOISE_GROUP, *shape), generator=_generator("noise", *key, group))
-            for group in groups
-        ]
+        [process.draw_noise(like, offset, _generator("noise", *key, group)) for group in groups]
     )
 
 

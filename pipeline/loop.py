@@ -17,7 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from diffusion_core import EMA, Diffusion
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import NOISE_GROUP, TrainConfig
-from pipeline.loader import batch_positions, draw_noise, draw_timesteps, keyed_seed, sample_ids
+from pipeline.loader import (
+    batch_positions,
+    draw_coin,
+    draw_noise,
+    draw_timesteps,
+    keyed_seed,
+    sample_ids,
+)
 from pipeline.shards import ArrowImages
 
 LOG_EVERY = 20  # optimiser steps: how often ranks agree on the loss and progress is told
@@ -68,7 +75,6 @@ def train_loop(
     """
     device = device or torch.device("cpu")
     model = model.to(device)
-    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     diffusion = diffusion.to(device)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -90,7 +96,8 @@ def train_loop(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, step)
         optimizer.zero_grad(set_to_none=True)
-        loss = diffusion.loss(replica, x_start, t=t, noise=noise)
+        coin = draw_coin((config.seed, step, 0)) if diffusion.self_condition else None
+        loss = diffusion.loss(replica, x_start, t=t, noise=noise, self_condition=coin)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -154,9 +161,11 @@ def _batch(
     pixels = torch.from_numpy(images.gather(sample_ids(config.seed, positions, len(images))))
     key = (config.seed, step, 0)
     share = config.global_batch_size // world_size
-    timesteps = draw_timesteps(key, config.global_batch_size, diffusion.num_train_timesteps)
+    timesteps = draw_timesteps(
+        key, config.global_batch_size, diffusion.num_train_timesteps, config.timestep_draw
+    )
     groups = range(rank * share // NOISE_GROUP, (rank + 1) * share // NOISE_GROUP)
-    noise = draw_noise(key, groups, tuple(pixels.shape[1:]))
+    noise = draw_noise(key, groups, tuple(pixels.shape[1:]), diffusion.offset_noise)
     # uint8 until the device: bytes are what travels.
     x_start = pixels.to(device).float().div_(127.5).sub_(1)
     x_start = x_start.contiguous(memory_format=torch.channels_last)

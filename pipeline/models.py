@@ -16,23 +16,26 @@ def make_diffusion(config: Config) -> Diffusion:
     d = config.diffusion
     try:
         schedule = make_schedule(d.schedule, d.num_train_timesteps, **d.schedule_options)
-        return Diffusion(schedule, d.objective, d.weighting, d.gamma)
+        return Diffusion(
+            schedule,
+            d.objective,
+            d.weighting,
+            d.gamma,
+            offset_noise=d.offset_noise,
+            self_condition=d.self_condition,
+            learned_variance=d.learned_variance,
+        )
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from error
 
 
 def make_unet(config: Config, seed: int) -> UNet:
     """The untrained network; equal seeds give equal weights."""
-    m = config.model
     unet_config = UNetConfig(
         channels=config.data.channels,
-        dim=m.dim,
-        dim_mults=m.dim_mults,
-        attention=m.attention,
-        heads=m.heads,
-        head_dim=m.head_dim,
-        norm_groups=m.norm_groups,
-        dropout=m.dropout,
+        self_condition=config.diffusion.self_condition,
+        learned_variance=config.diffusion.learned_variance,
+        **config.model.model_dump(),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

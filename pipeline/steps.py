@@ -60,7 +60,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
         ),
         Step(
             name="train",
-            version=1,
+            version=2,
             function="pipeline.train:train",
             settings=sections["model"] | sections["diffusion"] | sections["train"],
             inputs=("preprocess",),
@@ -71,7 +71,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
         ),
         Step(
             name="evaluate",
-            version=1,
+            version=2,
             function="pipeline.evaluate:evaluate",
             settings=sections["evaluate"],
             inputs=("preprocess", "features", "reference", "train"),

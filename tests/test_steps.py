@@ -35,8 +35,8 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "preprocess": 1,
         "features": 1,
         "reference": 1,
-        "train": 1,
-        "evaluate": 1,
+        "train": 2,
+        "evaluate": 2,
         "promote": 1,
         "report": 1,
     }
@@ -85,6 +85,6 @@ GOLDEN_SHARD = {
     "test": "832a78636cc6f39e",
 }
 GOLDEN_LOSSES = [0.679362, 0.651339]
-GOLDEN_MEANS = [0.0865512, -0.175898, -0.0112225, 0.0631554]
+GOLDEN_MEANS = [0.0869361, -0.1757602, -0.0103778, 0.0637329]
 GOLDEN_CLASSIFIER = "52b1aa5cc5f7b078"
 GOLDEN_ORDER = [97, 62, 86, 35, 93, 98, 45, 13]

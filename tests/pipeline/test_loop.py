@@ -72,8 +72,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
         assert torch.equal(parts.optimizer["state"][index]["exp_avg_sq"], state["exp_avg_sq"])
 
 
-def test_two_ranks_equal_one_process(config: Config, tmp_path: Path, data: dict[str, Any]) -> None:
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        [
+            "diffusion.self_condition=true",
+            "diffusion.learned_variance=true",
+            "diffusion.offset_noise=0.1",
+            "train.timestep_draw=stratified",
+            "model.norm=rms",
+            "model.memory_kv=2",
+            'model.attention=["linear", "full"]',
+        ],
+    ],
+)
+def test_two_ranks_equal_one_process(
+    settings: list[str], tiny_config: Path, tmp_path: Path, data: dict[str, Any]
+) -> None:
+    steps = [f"train.num_steps={STEPS}", "train.checkpoint_every=8"]
+    config = load_config(tiny_config, [*steps, *settings])
     one = load(train(config, tmp_path, data, "one"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
