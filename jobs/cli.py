@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.console import EventPrinter, show_plan
+from jobs.console import EventPrinter, show_exchanged, show_plan, show_schedules
 from pipeline.config import Config, load_config
 from pipeline.driver import Outcome, Plan, make_plan, run_config
 from pipeline.errors import ConfigError, RaydiffusionError
@@ -153,7 +153,79 @@ def schedules(
         if as_json:
             _print_json({"output": str(output), "schedules": rows})
         else:
-            _show_schedules(Console(), rows, output)
+            show_schedules(Console(), rows, output)
+
+
+@app.command("import")
+def import_(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="a .pt file, or diffusers' scheduler_config.json"
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(help="the model folder to write")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="what the network predicts, where the file does not say")
+    ] = None,
+    library_version: Annotated[
+        str | None, typer.Option(help="of the library that wrote it, likewise")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=C", help="of the network, likewise; as heads=4"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read another library's checkpoint into a folder, or print a scheduler config as TOML."""
+    with _errors_to_exit_codes(as_json):
+        is_scheduler = target.is_dir() or target.suffix == ".json"
+        if is_scheduler and (output or objective or library_version or set_):
+            raise ConfigError(
+                f"{target} is a scheduler config, which is printed and takes no options. "
+                "Leave them out."
+            )
+        if not is_scheduler and output is None:
+            raise ConfigError("import of a checkpoint needs --output. Name a new directory.")
+        from pipeline.exchange import import_checkpoint, import_scheduler_config  # torch: only here
+
+        if output is None:
+            read = import_scheduler_config(target)
+            if as_json:
+                sections = {"diffusion": read.diffusion, "evaluate": read.evaluate}
+                _print_json({**sections, "notes": read.notes})
+            else:
+                print("\n".join([*(f"# {note}" for note in read.notes), read.to_toml()]).strip())
+            return
+        done = import_checkpoint(
+            target,
+            output,
+            objective=objective,
+            library_version=library_version,
+            overrides=set_ or (),
+        )
+        if as_json:
+            _print_json(_exchanged_json(done))
+        else:
+            show_exchanged(Console(), "imported", target, done)
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="a config that is trained, or a model folder")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write EMA weights as safetensors with a scheduler config that diffusers loads."""
+    with _errors_to_exit_codes(as_json):
+        from pipeline.exchange import export_model  # torch: only here
+
+        done = export_model(target, output, set_ or ())
+        if as_json:
+            _print_json(_exchanged_json(done))
+        else:
+            show_exchanged(Console(), "exported", target, done)
 
 
 def _run_steps(
@@ -265,17 +337,13 @@ def _show_run(console: Console, document: dict[str, Any]) -> None:
         )
 
 
-def _show_schedules(console: Console, rows: list[dict[str, Any]], output: Path) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("schedule", "signal left at the end", "steps near pure noise"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(row["name"], f"{row['signal_left']:.2g}", f"{row['near_noise']:.1%}")
-    console.print(table)
-    for row in rows:
-        if row["warning"]:
-            console.print(f"note: {row['warning']}", highlight=False, markup=False)
-    console.print(f"drawn: {output}", highlight=False, soft_wrap=True)
+def _exchanged_json(exchanged: Any) -> dict[str, Any]:
+    return {
+        "output": exchanged.output,
+        "num_parameters": exchanged.num_parameters,
+        "notes": exchanged.notes,
+        **exchanged.document.model_dump(mode="json"),
+    }
 
 
 def _plan_json(planned: Plan) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""How events look: bars on a terminal, quiet lines elsewhere."""
+"""How events and results look: bars on a terminal, quiet lines elsewhere."""
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -129,3 +130,38 @@ def _details(fields: Mapping[str, Any]) -> str:
         minutes, seconds = divmod(round(fields["left_s"]), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
     return ", ".join(parts)
+
+
+def show_schedules(console: Console, rows: list[dict[str, Any]], output: Path) -> None:
+    """Prints what the beta study measured, and where it is drawn."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("schedule", "signal left at the end", "steps near pure noise"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["name"], f"{row['signal_left']:.2g}", f"{row['near_noise']:.1%}")
+    console.print(table)
+    for row in rows:
+        if row["warning"]:
+            console.print(f"note: {row['warning']}", highlight=False, markup=False)
+    console.print(f"drawn: {output}", highlight=False, soft_wrap=True)
+
+
+def show_exchanged(console: Console, verb: str, target: Path, exchanged: Any) -> None:
+    """Prints what an import or export wrote."""
+    document = exchanged.document
+    unet = document.model_dump(mode="json")["unet"]
+    schedule = document.schedule
+    version = document.source.library_version
+    rows = {
+        "from": f"{document.source.library} {version}" if version else document.source.library,
+        "network": ", ".join(f"{key} {value}" for key, value in unet.items() if value),
+        "schedule": f"{schedule.name}, {schedule.num_train_timesteps:,} timesteps",
+        "objective": f"{document.objective}, weighting {document.weighting}",
+        "weights": f"{' and '.join(document.weights)} after {document.global_step:,} steps, "
+        f"{exchanged.num_parameters:,} numbers",
+    }
+    console.print(f"{verb} {target} to {exchanged.output}", highlight=False, soft_wrap=True)
+    for heading, text in rows.items():
+        console.print(f"{heading:10} {text}", markup=False, highlight=False, soft_wrap=True)
+    for note in exchanged.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
