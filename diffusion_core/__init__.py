@@ -5,6 +5,7 @@ No files, no processes, no Ray, no global random state: those live in `pipeline`
 
 from diffusion_core.bound import Bound, variational_bound
 from diffusion_core.ema import EMA, PostHocEMA, Snapshot, reconstruct
+from diffusion_core.networks import PointMLP, TinyUNet
 from diffusion_core.process import Diffusion, Prediction
 from diffusion_core.samplers import (
     CHUNK,
@@ -24,9 +25,11 @@ __all__ = [
     "Bound",
     "Diffusion",
     "NoiseSchedule",
+    "PointMLP",
     "PostHocEMA",
     "Prediction",
     "Snapshot",
+    "TinyUNet",
     "UNet",
     "UNetConfig",
     "draw_timesteps",

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from diffusion_core.schedules import NoiseSchedule
@@ -113,3 +113,41 @@ def decoder_bits(
     above = torch.where(x_start > 1 - HALF_BIN, torch.ones_like(above), above)
     below = torch.where(x_start < -1 + HALF_BIN, torch.zeros_like(below), below)
     return -(above - below).clamp(min=SMALLEST).log2().flatten(1).mean(1)
+
+
+def make_step_constants(schedule: NoiseSchedule) -> Float64[Tensor, "4 num_train_timesteps"]:
+    """What `step_bits` needs of every t: the posterior's coefficient of x_start, its log
+    variance, and the logs of the variance's bounds.
+    """
+    rows = []
+    for t in range(schedule.num_train_timesteps):
+        small, large = map(math.log, variance_bounds(schedule, t, t - 1))
+        q = posterior(schedule, t, t - 1)
+        rows.append([q.on_x_start, math.log(q.variance) if t > 0 else small, small, large])
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+def step_bits(
+    constants: Float[Tensor, "4 num_train_timesteps"],
+    x_start: Float[Tensor, "batch ..."],
+    pred_x_start: Float[Tensor, "batch ..."],
+    fraction: Float[Tensor, "batch ..."],
+    t: Int64[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """The variational bound's term of each sample's step t -> t - 1, in bits per dimension.
+
+    Args:
+        constants: of the schedule, by `make_step_constants`.
+        x_start: the truth.
+        pred_x_start: the network's word on it.
+        fraction: where between its bounds the log variance lies.
+        t: 0-based; the step from 0 is the decoder of 8-bit data.
+
+    Reference: Ho et al., DDPM (2006.11239), eq. 5, one of its terms.
+    """
+    shape = (-1,) + (1,) * (x_start.ndim - 1)
+    on_x_start, log_posterior, log_small, log_large = (row[t].view(shape) for row in constants)
+    log_variance = learned_log_variance(fraction, log_small, log_large)
+    kl = kl_bits((on_x_start * (x_start - pred_x_start)) ** 2, log_posterior, log_variance)
+    decoder = decoder_bits(x_start, pred_x_start, (log_variance / 2).exp())
+    return torch.where(t == 0, decoder, kl)

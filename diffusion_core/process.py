@@ -5,7 +5,6 @@ posterior of a step in `posterior.py`, the reverse process in `samplers.py`. Not
 random number unless it is needed and not given.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,13 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from diffusion_core.objectives import Objective, Weighting, check_objective, loss_weights
-from diffusion_core.posterior import (
-    decoder_bits,
-    kl_bits,
-    learned_log_variance,
-    posterior,
-    variance_bounds,
-)
+from diffusion_core.posterior import make_step_constants, step_bits
 from diffusion_core.schedules import NoiseSchedule
 
 Denoiser = Callable[..., Tensor]
@@ -96,7 +89,7 @@ class Diffusion(nn.Module):
         constants = [("signal_scale", schedule.signal_scale), ("noise_scale", schedule.noise_scale)]
         constants.append(("weights", loss_weights(schedule, objective, weighting, gamma)))
         if learned_variance:
-            constants.append(("step_constants", _step_constants(schedule)))
+            constants.append(("step_constants", make_step_constants(schedule)))
         for name, values in constants:
             self.register_buffer(name, values.float(), persistent=False)
 
@@ -316,7 +309,9 @@ class Diffusion(nn.Module):
         if fraction is None:
             return loss
         pred_x_start = self.convert(output.detach(), x_t, t).pred_x_start
-        bits = self._step_bits(x_start, pred_x_start, fraction, t)
+        bits = step_bits(
+            self.step_constants, x_start.float(), pred_x_start.float(), fraction.float(), t
+        )
         return loss + VARIATIONAL_SHARE * self.num_train_timesteps * bits
 
     def drop_labels(
@@ -364,21 +359,6 @@ class Diffusion(nn.Module):
         guided = on_null + guidance_scale * (on_class - on_null)
         return guided, None if fraction is None else fraction.chunk(2)[0]
 
-    def _step_bits(
-        self, x_start: Tensor, pred_x_start: Tensor, fraction: Tensor, t: Tensor
-    ) -> Float[Tensor, " batch"]:
-        """The bound's term of each sample's step t -> t - 1 in bits per dimension."""
-        shape = (-1,) + (1,) * (x_start.ndim - 1)
-        on_x_start, log_posterior, log_small, log_large = (
-            constants[t].view(shape) for constants in self.step_constants
-        )
-        log_variance = learned_log_variance(fraction, log_small, log_large)
-        x_start = x_start.float()
-        gap = on_x_start * (x_start - pred_x_start)
-        kl = kl_bits(gap**2, log_posterior, log_variance)
-        decoder = decoder_bits(x_start, pred_x_start, (log_variance / 2).exp())
-        return torch.where(t == 0, decoder, kl)
-
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and b_t, shaped to multiply `like`, in float32 or float64."""
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -413,17 +393,6 @@ def draw_noise(
         return noise
     shared = torch.randn((*like.shape[:2], *(1 for _ in like.shape[2:])), **settings)
     return noise + offset * shared
-
-
-def _step_constants(schedule: NoiseSchedule) -> Tensor:
-    """[4, T]: on x_start, log posterior variance, and the logs of the variance's bounds."""
-    rows = []
-    for t in range(schedule.num_train_timesteps):
-        small, large = variance_bounds(schedule, t, t - 1)
-        q = posterior(schedule, t, t - 1)
-        log_posterior = math.log(q.variance) if t > 0 else math.log(small)
-        rows.append([q.on_x_start, log_posterior, math.log(small), math.log(large)])
-    return torch.tensor(rows, dtype=torch.float64).T
 
 
 def _given_null_label(null_label: int | None) -> int:
