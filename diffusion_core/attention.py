@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from diffusion_core.norms import Norm, NormKind
 
 CACHED = 1 << 19  # queries that fit into a processor's cache together with their keys
+
+
+SHORT = 64  # pixels, below which scaled_dot_product_attention is the slower one on CPUs
 
 
 class FullAttention(nn.Module):
@@ -50,7 +54,10 @@ class FullAttention(nn.Module):
         if self.memory is not None:
             mk, mv = self.memory[:, None].expand(-1, batch, -1, -1, -1).to(k.dtype).unbind(0)
             k, v = torch.cat([mk, k], dim=2), torch.cat([mv, v], dim=2)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if x.device.type == "cpu" and q.shape[2] <= SHORT:
+            out = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return x + self.to_out(_image(out.transpose(1, 2).flatten(2), x))
 
 
@@ -95,40 +102,128 @@ class LinearAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
-        normal = self.norm(x)
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            attended = self._attend(normal)
-        else:  # a few images at a time, so that queries and keys stay in the processor's cache
-            num_images = max(1, CACHED // (x[0, 0].numel() * self.to_out.in_channels))
-            attended = torch.cat([self._attend(part) for part in normal.split(num_images)])
-        return x + self.norm_out(_image(attended, x))
+        tokens = _tokens(self.norm(x)).contiguous()
+        with torch.autocast(x.device.type, enabled=False):  # one type for all of what follows
+            attended = self._attend(tokens)
+        return self.norm_out(_image(attended, x), residual=x, overwrite=True)
 
-    def _attend(
-        self, normal: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch token channel"]:
-        to_q, to_k, to_v = self.to_qkv.weight.chunk(3)
-        q = _tokens(F.conv2d(normal, to_q)).unflatten(-1, (self.heads, -1)).softmax(-1).flatten(2)
-        k = F.conv2d(normal, to_k)
-        # k is softmaxed over pixels and memory; its division is left to the small matrix.
-        largest = k.detach().amax((2, 3), keepdim=True)
-        if self.memory is not None:
-            mk = self.memory[0].transpose(0, 1).flatten(1).to(k.dtype)  # memory, head x head_dim
-            largest = torch.maximum(largest, mk.detach().amax(0)[:, None, None])
-            mk = (mk - largest.flatten(1)[:, None]).exp_()
-        k = _tokens(k.sub_(largest).exp_())
-        tokens = _tokens(normal)
-        # [batch, head, head_dim, channel]: keys against tokens, then values of that
-        context = torch.bmm(k.mT, tokens).unflatten(1, (self.heads, -1))
-        context = context @ to_v.flatten(1).unflatten(0, (self.heads, -1)).mT
-        total = k.sum(1)
-        if self.memory is not None:
-            total = total + mk.sum(1)
-            mk = mk.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1)
-            context = context + mk @ self.memory[1].to(k.dtype)
+    def _attend(self, tokens: Float[Tensor, "batch token channel"]) -> Tensor:
+        weights = (self.to_qkv.weight, self.to_out.weight, self.to_out.bias, self.memory)
+        qkv, to_out, bias, memory = (w if w is None else w.to(tokens.dtype) for w in weights)
+        to_q, to_k, to_v = cast("Tensor", qkv).flatten(1).chunk(3)
+        to_out = cast("Tensor", to_out).flatten(1).unflatten(1, (self.heads, -1)).permute(1, 2, 0)
+        keep = torch.is_grad_enabled()
+        values = to_v.unflatten(0, (self.heads, -1)).mT  # [head, channel, head_dim]
+        memory_keys = least = None
+        if memory is not None:
+            values = torch.cat([values, memory[1]], dim=1)
+            memory_keys = memory[0].transpose(0, 1).flatten(1)  # [memory, head x head_dim]
+            least = memory_keys.detach().amax(0)
+
+        context, total, largest = cast("Triple", _SummariseKeys.apply(tokens, to_k, least, keep))
+        if memory_keys is not None:
+            keys = (memory_keys - largest).exp()
+            context = torch.cat([context, keys.mT], dim=2)
+            total = total + keys.sum(1)
         scale = self.scale / tokens.shape[1] if self.averages else self.scale
-        context = context * (scale / total).unflatten(1, (self.heads, -1))[..., None]
-        to_out = self.to_out.weight.flatten(1).unflatten(1, (self.heads, -1)).permute(1, 2, 0)
-        return torch.bmm(q, (context @ to_out).flatten(1, 2)) + cast("Tensor", self.to_out.bias)
+        context = context * (scale / total)[..., None]
+        # One product for each head, of all images at once.
+        context = context.unflatten(1, (self.heads, -1)).transpose(0, 1).flatten(1, 2)
+        matrix = torch.bmm(context, values @ to_out).unflatten(1, (len(tokens), -1))
+        matrix = matrix.transpose(0, 1).flatten(1, 2)
+        return cast("Tensor", _ApplyQueries.apply(tokens, to_q, matrix, bias, self.heads, keep))
+
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class _SummariseKeys(torch.autograd.Function):
+    """context = e^T x and total = the sum of e over pixels, e = exp(x to_k^T - largest).
+
+    largest, the maximum over pixels and memory, keeps e finite and has no gradient: it cancels
+    in context / total.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, to_k, least, keep):
+        es, found = [], []
+        for x in tokens.split(_num_images(tokens, to_k)):
+            k = _project(x, to_k)
+            largest = k.amax(1, keepdim=True)
+            largest = largest if least is None else torch.maximum(largest, least)
+            e = k.sub_(largest).exp_()
+            found.append((torch.bmm(e.mT, x), e.sum(1), largest))
+            if keep:  # or the next images can use the same memory
+                es.append(e)
+        context, total, largest = (torch.cat(parts) for parts in zip(*found, strict=True))
+        ctx.save_for_backward(tokens, to_k, *es)
+        ctx.mark_non_differentiable(largest)
+        return context, total, largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_context, d_total, _):
+        tokens, to_k, *es = ctx.saved_tensors
+        d_tokens, d_to_k = torch.empty_like(tokens), torch.zeros_like(to_k)
+        size, buffer = len(es[0]), torch.empty_like(es[0])
+        wholes = (tokens, d_tokens, d_context, d_total)
+        for e, x, d_x, d_c, d_t in zip(es, *(w.split(size) for w in wholes), strict=True):
+            d_k = torch.baddbmm(d_t[:, None], x, d_c.mT, out=buffer[: len(x)]).mul_(e)
+            torch.bmm(e, d_c, out=d_x)
+            _add_projection(x, d_x, to_k, d_to_k, d_k)
+        return d_tokens, d_to_k, None, None
+
+
+class _ApplyQueries(torch.autograd.Function):
+    """out = q matrix + bias, q the softmax of x to_q^T over each head's channels."""
+
+    @staticmethod
+    def forward(ctx, tokens, to_q, matrix, bias, heads, keep):
+        size, out = _num_images(tokens, to_q), torch.empty_like(tokens)
+        qs = []
+        for x, m, o in zip(*(w.split(size) for w in (tokens, matrix, out)), strict=True):
+            q = _project(x, to_q).unflatten(-1, (heads, -1)).softmax(-1).flatten(2)
+            torch.baddbmm(bias, q, m, out=o)
+            if keep:
+                qs.append(q)
+        ctx.heads = heads
+        ctx.save_for_backward(tokens, to_q, matrix, *qs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        tokens, to_q, matrix, *qs = ctx.saved_tensors
+        d_tokens, d_to_q = torch.zeros_like(tokens), torch.zeros_like(to_q)
+        d_matrix = torch.empty_like(matrix)
+        size, buffer = len(qs[0]), torch.empty_like(qs[0])
+        wholes = (tokens, d_tokens, matrix, d_matrix, d_out)
+        for q, x, d_x, m, d_m, d_o in zip(qs, *(w.split(size) for w in wholes), strict=True):
+            torch.bmm(q.mT, d_o, out=d_m)
+            d_q = torch.bmm(d_o, m.mT, out=buffer[: len(x)]).unflatten(-1, (ctx.heads, -1))
+            by_head = q.unflatten(-1, (ctx.heads, -1))
+            d_q = torch.ops.aten._softmax_backward_data(d_q, by_head, -1, q.dtype)
+            _add_projection(x, d_x, to_q, d_to_q, d_q.flatten(2))
+        return d_tokens, d_to_q, d_matrix, d_out.sum((0, 1)), None, None
+
+
+def _add_projection(x: Tensor, d_x: Tensor, weight: Tensor, d_weight: Tensor, grad: Tensor) -> None:
+    """Adds to d_x and d_weight the gradients of x weight^T."""
+    grad = grad.flatten(0, 1)
+    d_x.flatten(0, 1).addmm_(grad, weight)
+    d_weight.addmm_(grad.mT, x.flatten(0, 1))
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T as a convolution, which CPUs do faster than a product this narrow."""
+    return F.conv2d(x.mT[:, :, None], weight[:, :, None, None])[:, :, 0].mT
+
+
+def _num_images(tokens: Tensor, weight: Tensor) -> int:
+    """How many images to take at a time."""
+    if tokens.device.type != "cpu":
+        return len(tokens)
+    return max(1, CACHED // (tokens.shape[1] * len(weight)))
 
 
 def _make_memory(heads: int, num_memory: int, head_dim: int) -> nn.Parameter | None:

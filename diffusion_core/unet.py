@@ -298,8 +298,9 @@ class ResidualBlock(nn.Module):
         x: Float[Tensor, "batch dim_in height width"],
         modulation: Float[Tensor, "rows two_dim_out"],
     ) -> Float[Tensor, "batch dim_out height width"]:
-        h = self.dropout(self.norm1(self.conv1(x), modulation, silu=True))
-        return self.norm2(self.conv2(h), silu=True) + self.skip(x)
+        h = self.norm1(self.conv1(x), modulation, silu=True, overwrite=True)
+        h = self.conv2(self.dropout(h))
+        return self.norm2(h, silu=True, residual=self.skip(x), overwrite=True)
 
 
 class TimeEmbedding(nn.Module):

@@ -58,8 +58,11 @@ def test_values_and_gradients_are_those_of_the_definition(
     )
     for mine, theirs in pairs:
         assert torch.allclose(mine, theirs, rtol=1e-7, atol=1e-9)
+    residual = torch.randn(SHAPE, dtype=torch.float64)
     with torch.no_grad():
         assert torch.equal(norm(x, modulation, silu=silu), got)
+        again = norm(x.clone(), modulation, silu=silu, residual=residual, overwrite=True)
+        assert torch.allclose(again, got + residual, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["group", "rms"])
@@ -67,8 +70,10 @@ def test_gradient_is_the_numerical_one(kind: NormKind) -> None:
     norm = make_norm(kind)
     x = torch.randn(2, 8, 2, 2, dtype=torch.float64, requires_grad=True)
     modulation = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(2, 8, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, m, *_: norm(x, m, silu=True), (x, modulation, *norm.parameters())
+        lambda x, m, r, *_: norm(x, m, silu=True, residual=r, overwrite=True),
+        (x, modulation, residual, *norm.parameters()),
     )
 
 

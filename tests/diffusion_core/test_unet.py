@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core import UNet, UNetConfig
+from diffusion_core.unet import BlockNorm
 
 SMALL = UNetConfig(
     channels=3, dim=8, dim_mults=(1, 2, 2), attention=("none", "linear", "full"), heads=2,
@@ -152,6 +153,25 @@ def test_runs_in_other_precisions(dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float64 else 0.05 * float(plain.detach().abs().max())
     assert float((got.double() - plain.double()).detach().abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("norm", ["group", "rms"])
+def test_trains_under_autocast(norm: BlockNorm) -> None:
+    model = make(replace(SMALL, norm=norm, memory_kv=2))
+    x, t = draw(SMALL)
+    gradients, outputs = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(x, t)
+        output.float().square().mean().backward()
+        outputs.append(output.detach().float())
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters()])  # pyright: ignore
+        )
+    assert gradients[1].dtype == torch.float32
+    for ours, exact in ((outputs[1], outputs[0]), (gradients[1], gradients[0])):
+        assert float((ours - exact).norm()) < 0.05 * float(exact.norm())
 
 
 def test_refuses_sides_it_cannot_halve_and_names_the_divisor() -> None:
