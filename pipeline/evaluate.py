@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import EvaluationError
 from pipeline.features import check_counts, extract, load_extractor, quantise, read_features
 from pipeline.loader import keyed_seed, open_split
-from pipeline.loop import torch_threads
+from pipeline.loop import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
 from pipeline.shards import ImageRow, write_arrow
 from pipeline.statistics import FeatureSums, frechet_distance, sum_features
@@ -171,6 +171,7 @@ def _sample_chunk(
         model.load_state_dict(safetensors.torch.load(content))
     weights = read_artifact(storage, features, "classifier.safetensors")
     extractor = load_extractor(weights, features["metrics"])
+    keep_freed_memory()
     with torch_threads(1):
         x = _sample(config, model, range(first, first + count))
         if not bool(torch.isfinite(x).all()):

@@ -27,6 +27,7 @@ from pipeline.loader import (
 )
 from pipeline.shards import ArrowImages
 
+LARGEST_HEAP_BLOCK = (32 << 20) - (64 << 10)  # bytes: just below glibc's limit
 LOG_EVERY = 20  # optimiser steps: how often ranks agree on the loss and progress is told
 
 
@@ -74,6 +75,7 @@ def train_loop(
         The loss history: `global_step`, `loss` and `images_seen`, one entry for 20 steps.
     """
     device = device or torch.device("cpu")
+    keep_freed_memory()
     model = model.to(device)
     diffusion = diffusion.to(device)
     ema = EMA(model, config.ema_decay)
@@ -209,6 +211,17 @@ def _resume(
     ema.load(checkpoint.ema, checkpoint.global_step)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.global_step, list(checkpoint.history)
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep this process's freed memory for the next step.
+
+    It gives memory back to the system above twice the largest block that was ever freed, up to
+    blocks of 32 MiB; small networks free none so large, and each step faults its memory in anew,
+    which took a fifth of the time. With another allocator this does nothing.
+    """
+    block = torch.empty(LARGEST_HEAP_BLOCK, dtype=torch.uint8)
+    del block
 
 
 @contextlib.contextmanager
