@@ -5,12 +5,12 @@ No files, no processes, no Ray, no global random state: those live in `pipeline`
 
 from diffusion_core.bound import Bound, variational_bound
 from diffusion_core.ema import EMA, PostHocEMA, Snapshot, reconstruct
+from diffusion_core.interpolation import interpolate
 from diffusion_core.networks import PointMLP, TinyUNet
+from diffusion_core.noise import make_image_noise
 from diffusion_core.process import Diffusion, Prediction
 from diffusion_core.samplers import (
     CHUNK,
-    interpolate,
-    make_image_noise,
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,

@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 from diffusion_core.norms import Norm, NormKind
 
 CACHED = 1 << 19  # queries that fit into a processor's cache together with their keys
-
-
 SHORT = 64  # pixels, below which scaled_dot_product_attention is the slower one on CPUs
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class FullAttention(nn.Module):
@@ -110,7 +109,7 @@ class LinearAttention(nn.Module):
     def _attend(self, tokens: Float[Tensor, "batch token channel"]) -> Tensor:
         weights = (self.to_qkv.weight, self.to_out.weight, self.to_out.bias, self.memory)
         qkv, to_out, bias, memory = (w if w is None else w.to(tokens.dtype) for w in weights)
-        to_q, to_k, to_v = cast("Tensor", qkv).flatten(1).chunk(3)
+        to_q, to_k, to_v = cast("Tensor", qkv).permute(0, 2, 3, 1).flatten(1).chunk(3)
         to_out = cast("Tensor", to_out).flatten(1).unflatten(1, (self.heads, -1)).permute(1, 2, 0)
         keep = torch.is_grad_enabled()
         values = to_v.unflatten(0, (self.heads, -1)).mT  # [head, channel, head_dim]
@@ -132,9 +131,6 @@ class LinearAttention(nn.Module):
         matrix = torch.bmm(context, values @ to_out).unflatten(1, (len(tokens), -1))
         matrix = matrix.transpose(0, 1).flatten(1, 2)
         return cast("Tensor", _ApplyQueries.apply(tokens, to_q, matrix, bias, self.heads, keep))
-
-
-Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class _SummariseKeys(torch.autograd.Function):

@@ -36,7 +36,7 @@ class Bound(NamedTuple):
         return self.prior + self.kl + self.decoder
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def variational_bound(
     diffusion: Diffusion,
     model: Denoiser,

@@ -163,16 +163,18 @@ def reconstruct(
         num_updates: where in training; at the last snapshot when not given.
 
     Raises:
-        ValueError: no snapshots, one later than num_updates, or a width out of range.
+        ValueError: no snapshots, one before the first update or later than num_updates, or a
+            width out of range.
 
     Reference: Karras et al., EDM2 (2312.02696), section 3.1 and appendix C.
     """
-    latest = max((s.num_updates for s in snapshots), default=0)
+    snapshots = sorted(snapshots, key=lambda s: s.num_updates)
+    latest = snapshots[-1].num_updates if snapshots else 0
     end = latest if num_updates is None else num_updates
-    if not snapshots or latest > end:
+    if not snapshots or snapshots[0].num_updates < 1 or latest > end:
         raise ValueError(
-            f"Reconstruction at update {end} needs snapshots up to it, got {len(snapshots)} with "
-            f"the latest at {latest}. Pass those that were taken until then."
+            f"Reconstruction at update {end} needs snapshots of updates 1..{end}, got "
+            f"{[s.num_updates for s in snapshots][:8]}. Pass those that were taken until then."
         )
     mixture = mixing_weights([(s.num_updates, s.width) for s in snapshots], end, width)
     names = snapshots[0].weights.keys()
@@ -195,6 +197,9 @@ def mixing_weights(
     """How much of each tracked (updates, width) makes the average (num_updates, width).
 
     Solves A x = b, A and b the inner products of the profiles (g + 1) s^g / t^(g + 1) over time s.
+
+    Raises:
+        ValueError: a width out of range.
 
     Reference: Karras et al., EDM2 (2312.02696), appendix C.
     """

@@ -70,6 +70,9 @@ def read_checkpoint(
             not say. It decides in place of the file's own.
         **given: fields of `UNetConfig`, as in `convert_unet`.
 
+    A network with a learned variance gives the library's outputs; its loss here counts the
+    variational bound T times as much.
+
     Raises:
         OSError: the file cannot be opened.
         ValueError: the file is no such checkpoint, is damaged or wants to run code; its network

@@ -60,6 +60,10 @@ class Norm(nn.Module):
             residual: what to add last.
             overwrite: x is not needed any more, and where no gradient is its memory is used.
         """
+        if x.dtype == torch.float16:  # squares and inverses leave its range
+            wide = None if modulation is None else modulation.float()
+            more = None if residual is None else residual.float()
+            return self(x.float(), wide, silu=silu, residual=more, overwrite=True).half()
         gain, shift = self.weight[None], None if self.bias is None else self.bias[None]
         if modulation is not None:
             scale, offset = modulation.chunk(2, dim=1)
@@ -144,7 +148,7 @@ class _GroupNorm(torch.autograd.Function):
         centred = x.permute(0, 2, 3, 1) - _over_pixels(mean, x.dtype)
         if ctx.silu:
             d_y = _silu_backward_(d_y, _affine(centred, inverse * gain, shift))
-        count = centred[0, ..., 0].numel()
+        count = x.shape[2] * x.shape[3]
         sum_y = d_y.sum(PER_CHANNEL, dtype=mean.dtype)
         product = d_y * centred
         sum_product = product.sum(PER_CHANNEL, dtype=mean.dtype) * inverse
@@ -194,7 +198,7 @@ def _sum_like(pixels: Tensor, like: Tensor) -> Tensor:
 
 def _group_mean(values: Tensor, groups: int) -> Tensor:
     """[batch, channel]: each channel gets the mean of its group."""
-    grouped = values.unflatten(1, (groups, -1))
+    grouped = values.unflatten(1, (groups, values.shape[1] // groups))
     return grouped.mean(-1, keepdim=True).expand_as(grouped).flatten(1)
 
 

@@ -108,11 +108,13 @@ def decoder_bits(
 
     Reference: Ho et al., DDPM (2006.11239), eq. 13.
     """
+    dtype = x_start.dtype
+    x_start, mean = x_start.double(), mean.double()  # in float32 the tails are 0 from 6 std on
     above = torch.special.ndtr((x_start + HALF_BIN - mean) / std)
     below = torch.special.ndtr((x_start - HALF_BIN - mean) / std)
     above = torch.where(x_start > 1 - HALF_BIN, torch.ones_like(above), above)
     below = torch.where(x_start < -1 + HALF_BIN, torch.zeros_like(below), below)
-    return -(above - below).clamp(min=SMALLEST).log2().flatten(1).mean(1)
+    return -(above - below).clamp(min=SMALLEST).log2().flatten(1).mean(1).to(dtype)
 
 
 def make_step_constants(schedule: NoiseSchedule) -> Float64[Tensor, "4 num_train_timesteps"]:

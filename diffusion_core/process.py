@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from diffusion_core.noise import draw_noise
 from diffusion_core.objectives import Objective, Weighting, check_objective, loss_weights
 from diffusion_core.posterior import make_step_constants, step_bits
 from diffusion_core.schedules import NoiseSchedule
@@ -177,7 +178,8 @@ class Diffusion(nn.Module):
                 clamped value, so that the two still explain x_t.
 
         Raises:
-            ValueError: guidance without labels or without a null label.
+            ValueError: guidance without labels or without a null label, or a network whose
+                output has another shape than x_t.
         """
         return self.predict_with_variance(
             model,
@@ -254,7 +256,8 @@ class Diffusion(nn.Module):
             class_labels: one for each sample; dropped with `label_dropout`.
 
         Raises:
-            ValueError: x_start holds values that are not finite.
+            ValueError: x_start holds values that are not finite, t is not one timestep within
+                0..T-1 for each sample, or the network's output has another shape than x_start.
 
         Reference: Ho et al., DDPM (2006.11239), eq. 14, with a weight by timestep; Nichol &
             Dhariwal (2102.09672), eq. 16; self-conditioning: Chen et al. (2208.04202), alg. 1.
@@ -289,6 +292,11 @@ class Diffusion(nn.Module):
         if t is None:
             t = torch.randint(
                 self.num_train_timesteps, (batch,), generator=generator, device=device
+            )
+        elif t.shape != (batch,) or bool(((t < 0) | (t >= self.num_train_timesteps)).any()):
+            raise ValueError(
+                f"t must hold {batch} timesteps within 0..{self.num_train_timesteps - 1}, got "
+                f"{t.tolist()[:8]} of shape {list(t.shape)}. Give one for each sample."
             )
         if noise is None:
             noise = draw_noise(x_start, self.offset_noise, generator)
@@ -329,11 +337,19 @@ class Diffusion(nn.Module):
         class_labels: Tensor | None,
     ) -> Tensor:
         """The network's output; it sees only the arguments of features that are on."""
-        if not self.self_condition and class_labels is None:
-            return model(x_t, t)
-        if class_labels is None:
-            return model(x_t, t, x_self_cond)
-        return model(x_t, t, x_self_cond, class_labels=class_labels)
+        if class_labels is not None:
+            output = model(x_t, t, x_self_cond, class_labels=class_labels)
+        else:
+            output = model(x_t, t, x_self_cond) if self.self_condition else model(x_t, t)
+        expected = list(x_t.shape)
+        expected[1] *= 2 if self.learned_variance else 1
+        if list(output.shape) != expected:
+            raise ValueError(
+                f"The network must put out {expected} for x_t of {list(x_t.shape)}, got "
+                f"{list(output.shape)}. Give Diffusion and the network the same learned_variance "
+                "and channels."
+            )
+        return output
 
     def _run_guided(
         self,
@@ -368,31 +384,6 @@ class Diffusion(nn.Module):
         else:
             a, b = self.signal_scale[t], self.noise_scale[t]
         return a.view(shape), b.view(shape)
-
-
-def draw_noise(
-    like: Float[Tensor, "batch channel *rest"],
-    offset: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "batch channel *rest"]:
-    """Standard normal noise, plus `offset` times one normal number for each channel.
-
-    The offset lets a network learn to move the mean of an image, which at the last step of most
-    schedules still shows through the noise.
-
-    Args:
-        like: what shape, type and device to draw.
-        offset: strength, 0.1 being usual; 0 draws nothing more.
-        generator: the source.
-
-    Reference: Guttenberg, Diffusion with Offset Noise (crosslabs.org, 2023).
-    """
-    settings = {"generator": generator, "device": like.device, "dtype": like.dtype}
-    noise = torch.randn(like.shape, **settings)
-    if offset == 0:
-        return noise
-    shared = torch.randn((*like.shape[:2], *(1 for _ in like.shape[2:])), **settings)
-    return noise + offset * shared
 
 
 def _given_null_label(null_label: int | None) -> int:

@@ -142,7 +142,7 @@ def dpmpp_2m_step(
     return (b_p / b_t) * x_t + (a_p - b_p * a_t / b_t) * d
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_ddpm(
     diffusion: Diffusion,
     model: Denoiser,
@@ -177,7 +177,7 @@ def sample_ddpm(
     return x.to(x_T.dtype)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_ddim(
     diffusion: Diffusion,
     model: Denoiser,
@@ -214,7 +214,8 @@ def sample_ddim(
 
     Raises:
         ValueError: num_steps, spacing, timesteps or eta out of range; both or neither of num_steps
-            and timesteps; eta above 0 without a generator; guidance without labels.
+            and timesteps; eta above 0 without a generator, or with another number of
+            generators than images; guidance without labels.
     """
     _check_eta(eta)
     x, predict = _begin(diffusion, model, x_T, clip_x_start, class_labels, guidance_scale)
@@ -227,7 +228,7 @@ def sample_ddim(
     return x.to(x_T.dtype)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_dpmpp_2m(
     diffusion: Diffusion,
     model: Denoiser,
@@ -255,60 +256,6 @@ def sample_dpmpp_2m(
         if on_step is not None:
             on_step(k, x)
     return x.to(x_T.dtype)
-
-
-def interpolate(
-    diffusion: Diffusion,
-    model: Denoiser,
-    x_1: Float[Tensor, "batch ..."],
-    x_2: Float[Tensor, "batch ..."],
-    *,
-    t: int,
-    weight: float,
-    noise: Float[Tensor, "batch ..."],
-    clip_x_start: bool = True,
-) -> Float[Tensor, "batch ..."]:
-    """Images between two: both noised to t with one noise, mixed, and denoised with DDIM.
-
-    Args:
-        diffusion: the process.
-        model: called as `model(x_t, t)`.
-        x_1: where weight 0 begins, in [-1, 1].
-        x_2: where weight 1 ends.
-        t: how far to noise: the further, the more freely the network fills in.
-        weight: of x_2, in [0, 1].
-        noise: standard normal, shared by both, so that weight 0 and 1 come back to the images.
-        clip_x_start: as in `sample_ddim`.
-
-    Raises:
-        ValueError: t or weight out of range.
-
-    Reference: Ho et al., DDPM (2006.11239), section 4.3, with one noise and DDIM.
-    """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight must be between 0 and 1, got {weight}. 0.5 is halfway.")
-    steps = range(t, -1, -1)
-    t_batch = torch.full((x_1.shape[0],), t, dtype=torch.int64, device=x_1.device)
-    x_t = torch.lerp(
-        diffusion.q_sample(x_1, t_batch, noise), diffusion.q_sample(x_2, t_batch, noise), weight
-    )
-    return sample_ddim(diffusion, model, x_t, timesteps=steps, clip_x_start=clip_x_start)
-
-
-def make_image_noise(
-    shape: tuple[int, ...], seeds: Sequence[int]
-) -> tuple[Float[Tensor, "batch ..."], list[torch.Generator]]:
-    """Starting noise of the images with these seeds, each from a stream of its own.
-
-    Args:
-        shape: of one image, without the batch axis.
-        seeds: one integer an image.
-
-    Returns:
-        The noise on the CPU, and each image's generator, to draw from during sampling.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]), generators
 
 
 def _visits(
@@ -404,6 +351,11 @@ def _draw_noise(x: Tensor, generator: Generators) -> Tensor:
         raise ValueError("This sampler adds noise and needs a generator. Pass generator=.")
     if isinstance(generator, torch.Generator):
         return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    if len(generator) != len(x):
+        raise ValueError(
+            f"generator must be one, or one for each of the {len(x)} images, got "
+            f"{len(generator)}. make_image_noise gives as many as it gives images."
+        )
     rows = [
         torch.randn(x.shape[1:], generator=g, device=g.device, dtype=x.dtype) for g in generator
     ]

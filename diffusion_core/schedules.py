@@ -21,7 +21,7 @@ VP_TOLERANCE = 1e-9
 Option = float | bool | Sequence[float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The signal and noise scales of every timestep, float64, t = 0 the least noisy.
 
@@ -30,7 +30,7 @@ class NoiseSchedule:
 
     Raises:
         ValueError: not finite, a signal or a signal-to-noise ratio that does not fall strictly,
-            or a last step but one without signal.
+            no signal left before the last step, or no noise at some step.
     """
 
     name: str
@@ -140,7 +140,9 @@ class NoiseSchedule:
 
     def _with_snr_times(self, factor: float, how: str) -> "NoiseSchedule":
         signal = factor * self.signal_scale**2
-        return _vp(f"{self.name}+{how}", signal / (signal + self.noise_scale**2))
+        schedule = _vp(f"{self.name}+{how}", signal / (signal + self.noise_scale**2))
+        _warn_unless_noise_is_reached(schedule)
+        return schedule
 
     def _refuse_unless_vp(self, what: str) -> None:
         if not self.is_variance_preserving:
@@ -192,13 +194,7 @@ def make_schedule(name: str, num_train_timesteps: int, **options: Option) -> Noi
         ) from error
     _refuse_invalid_betas(name, betas, options)
     schedule = _vp(name, torch.cumprod(1 - betas, dim=0))
-    left = float(schedule.alphas_cumprod[-1])
-    if left > NOISE_REACHED:
-        warnings.warn(
-            f"schedule {name!r} keeps abar = {left:.4f} at its last step: sampling starts from "
-            "noise that training never showed. Use more steps or larger betas.",
-            stacklevel=2,
-        )
+    _warn_unless_noise_is_reached(schedule)
     return schedule
 
 
@@ -218,6 +214,8 @@ def _scaled_linear(
     num_train_timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> Float64[Tensor, " num_train_timesteps"]:
     # LDM (2112.10752): linear in sqrt(beta).
+    if min(beta_start, beta_end) < 0:  # they have no root: refused with the other invalid ones
+        return torch.full((num_train_timesteps,), min(beta_start, beta_end), dtype=torch.float64)
     ends = math.sqrt(beta_start), math.sqrt(beta_end)
     return torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** 2
 
@@ -300,6 +298,16 @@ SCHEDULES: tuple[str, ...] = (*_BUILDERS, "lerp")
 
 def _vp(name: str, abar: Tensor) -> NoiseSchedule:
     return NoiseSchedule(name, abar.sqrt(), (1 - abar).sqrt())
+
+
+def _warn_unless_noise_is_reached(schedule: NoiseSchedule) -> None:
+    left = float(schedule.alphas_cumprod[-1])
+    if left > NOISE_REACHED:
+        warnings.warn(
+            f"schedule {schedule.name!r} keeps abar = {left:.4f} at its last step: sampling starts "
+            "from noise that training never showed. Use more steps or larger betas.",
+            stacklevel=3,
+        )
 
 
 def _first(mask: Tensor) -> int:

@@ -86,6 +86,13 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.dim_mults)
+        sizes = (self.channels, self.dim, self.norm_groups, self.first_dim, levels)
+        lists = (self.dim_mults, self.heads, self.head_dim)
+        if min(*sizes, *(n for v in lists for n in (v if isinstance(v, tuple) else (v,)))) < 1:
+            raise ValueError(
+                f"A U-Net's channels, dims, heads and groups must be 1 or more, got {self}. "
+                "Raise those that are not."
+            )
         for name, more in (("attention", 0), ("heads", 1), ("head_dim", 1)):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) not in (levels, levels + more):
@@ -144,14 +151,16 @@ class UNetConfig:
 class UNet(nn.Module):
     """Predicts, from a noised image and its timestep, what the objective asks for.
 
-    Weights and activations are kept channels-last whatever the layout of the input.
+    Weights and activations are kept channels-last whatever the layout of the input. Where no
+    gradient is asked for, memory between layers is used again: forward hooks must clone what
+    they keep. There are no second derivatives.
 
     Args:
         config: what it is made of.
 
     Raises:
-        ValueError: at the call, sides that the levels cannot halve, or class labels given to a
-            network that has no classes.
+        ValueError: at the call, an input of another kind, sides that the levels cannot halve, or
+            labels or a guess given to a network that does not take them.
 
     Reference: Ho et al., DDPM (2006.11239), appendix B, in the form of
         denoising-diffusion-pytorch.
@@ -220,7 +229,7 @@ class UNet(nn.Module):
             x_self_cond: the earlier guess of the clean data; zeros when not given.
             class_labels: one for each sample; the null label when not given.
         """
-        self._check(x_t, class_labels)
+        self._check(x_t, x_self_cond, class_labels)
         x = x_t
         if self.config.self_condition:
             guess = torch.zeros_like(x_t) if x_self_cond is None else x_self_cond
@@ -249,7 +258,7 @@ class UNet(nn.Module):
         output = self.final_conv(x)
         return output.squeeze(2) if self.config.is_sequence else output
 
-    def _check(self, x_t: Tensor, class_labels: Tensor | None) -> None:
+    def _check(self, x_t: Tensor, x_self_cond: Tensor | None, class_labels: Tensor | None) -> None:
         config, sides = self.config, tuple(x_t.shape[2:])
         if len(sides) != (1 if config.is_sequence else 2) or x_t.shape[1] != config.channels:
             raise ValueError(
@@ -262,6 +271,11 @@ class UNet(nn.Module):
             raise ValueError(
                 f"Images must have sides divisible by {divisor} for {len(self.downs)} levels, "
                 f"got {sides}. Change data.resolution or model.dim_mults."
+            )
+        if x_self_cond is not None and not config.self_condition:
+            raise ValueError(
+                "This U-Net takes no guess of the clean data and was given one. Set its "
+                "self_condition, as the Diffusion's is."
             )
         if class_labels is not None and config.num_classes is None:
             raise ValueError(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from diffusion_core import process, timesteps
+from diffusion_core import noise, timesteps
 from pipeline.config import NOISE_GROUP
 from pipeline.errors import StorageError
 from pipeline.shards import ArrowImages
@@ -101,7 +101,7 @@ def draw_noise(
     """
     like = torch.empty((NOISE_GROUP, *shape))
     return torch.cat(
-        [process.draw_noise(like, offset, _generator("noise", *key, group)) for group in groups]
+        [noise.draw_noise(like, offset, _generator("noise", *key, group)) for group in groups]
     )
 
 

@@ -66,8 +66,17 @@ def test_a_few_images_at_a_time_give_the_same(
 ) -> None:
     layer = LinearAttention(DIM, HEADS, HEAD_DIM, num_memory).double()
     x = torch.randn(5, DIM, 4, 4, dtype=torch.float64)
-    whole = layer(x).detach()
+    x.requires_grad_()
+    inputs, weights = [x, *layer.parameters()], torch.randn_like(x)
+    whole = layer(x)
+    gradients = torch.autograd.grad((whole * weights).sum(), inputs)
     monkeypatch.setattr(attention, "CACHED", 2 * 16 * HEADS * HEAD_DIM)
+    pieces = layer(x)
+    assert torch.allclose(pieces, whole, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad((pieces * weights).sum(), inputs), gradients, strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-10)
     with torch.inference_mode():
         assert torch.allclose(layer(x), whole, atol=1e-12)
 

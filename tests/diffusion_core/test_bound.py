@@ -76,6 +76,14 @@ def test_the_bins_share_the_whole_mass(mean: float, std: float) -> None:
     assert float((2.0**-bits).sum()) == pytest.approx(1, abs=1e-8)
 
 
+def test_float32_has_the_tails_of_float64() -> None:
+    x_start = BINS[[100, 120, 128]][:, None]
+    mean = x_start + torch.tensor([[0.01], [0.02], [0.03]])
+    exact = decoder_bits(x_start, mean, 0.0045)
+    got = decoder_bits(x_start.float(), mean.float(), 0.0045)
+    assert torch.allclose(got.double(), exact, rtol=1e-3)
+
+
 def test_a_network_that_knows_the_data_needs_no_kl() -> None:
     x_start = BINS[[10, 128, 255]].repeat(4, 1).T.contiguous()
     bound = variational_bound(

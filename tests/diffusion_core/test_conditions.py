@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from diffusion_core import Diffusion, make_schedule, sample_ddim, sample_ddpm, sample_dpmpp_2m
+from diffusion_core.noise import draw_noise
 from diffusion_core.posterior import posterior, variance_bounds
-from diffusion_core.process import VARIATIONAL_SHARE, draw_noise
+from diffusion_core.process import VARIATIONAL_SHARE
 
 SCHEDULE = make_schedule("cosine", 20)
 NULL = 3
@@ -190,7 +191,7 @@ def with_variance(x: Tensor, t: Tensor) -> Tensor:
 def test_hybrid_loss_is_the_papers_sum(t: int) -> None:
     diffusion = Diffusion(SCHEDULE, "pred_noise", learned_variance=True)
     x_start, _, noise = draw()
-    x_start = ((x_start * 127.5).round() / 127.5).clamp(-1, 1)
+    x_start = ((x_start + 1) * 127.5).round() / 127.5 - 1  # 8-bit data
     t_batch = torch.full((6,), t)
     x_t = diffusion.q_sample(x_start, t_batch, noise)
     simple = ((0.5 * x_t - noise) ** 2).flatten(1).mean(1)
@@ -246,6 +247,24 @@ def test_the_variance_follows_the_errors_of_the_mean(error: float, direction: in
     diffusion.loss(errs, x_start, t=t, noise=noise).backward()
     assert share.grad is not None
     assert float(share.grad) * direction > 0
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_network_of_another_kind_is_refused(learned: bool) -> None:
+    x_start, t, noise = draw()
+    diffusion = Diffusion(SCHEDULE, learned_variance=learned)
+    with pytest.raises(ValueError, match=r"must put out \[6, .* same learned_variance"):
+        diffusion.loss(
+            (lambda x, t: x) if learned else with_variance, x_start, t=t, noise=noise
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("t", [[-1] * 6, [20] * 6, [3]])
+def test_timesteps_out_of_range_are_refused(t: list[int]) -> None:
+    x_start, _, noise = draw()
+    with pytest.raises(ValueError, match=r"t must hold 6 timesteps within 0\.\.19"):
+        Diffusion(SCHEDULE).loss(Recorder(), x_start, t=torch.tensor(t), noise=noise)
 
 
 def test_learned_variance_is_refused_where_there_is_none() -> None:

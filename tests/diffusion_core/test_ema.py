@@ -45,6 +45,14 @@ def test_equals_its_closed_form(profile: Profile, decays) -> None:
     assert ema.num_updates == 200
 
 
+def test_constant_profile_is_a_geometric_sum() -> None:
+    ema = EMA(nn.Linear(1, 1, bias=False), 0.9, profile="constant")
+    start = only_weight(ema)
+    follow(ema, 50)
+    expected = 0.9**50 * start + sum(0.1 * 0.9 ** (50 - s) * weights_at(s) for s in range(1, 51))
+    assert only_weight(ema) == pytest.approx(expected, rel=1e-5)
+
+
 def test_power_profile_weighs_the_past_by_its_power() -> None:
     # Unrolled, the recursion is close to the integral of (g + 1) s^g / t^(g + 1).
     ema = EMA(nn.Linear(1, 1, bias=False), profile="power", width=0.1)
@@ -134,8 +142,13 @@ def test_reconstructs_an_earlier_time_and_refuses_snapshots_after_it() -> None:
     found = float(reconstruct(early, 0.07, num_updates=500)["weight"])
     assert found == pytest.approx(only_weight(wanted), rel=0.01)
     for given in (snapshots, []):
-        with pytest.raises(ValueError, match="needs snapshots up to it"):
+        with pytest.raises(ValueError, match=r"needs snapshots of updates 1\.\.500"):
             reconstruct(given, 0.07, num_updates=500)
+
+
+def test_refuses_snapshots_of_before_training() -> None:
+    with pytest.raises(ValueError, match="needs snapshots of updates"):
+        reconstruct(PostHocEMA(nn.Linear(1, 1)).snapshots(), 0.07)
 
 
 def test_reconstruction_keeps_counters_whole() -> None:

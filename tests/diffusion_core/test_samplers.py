@@ -53,6 +53,23 @@ def test_refuses_eta_it_cannot_honour(eta: float, message: str) -> None:
         sample_ddim(Diffusion(SCHEDULE), lambda x, _: x, torch.zeros(1, 1), num_steps=3, eta=eta)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_refuses_another_number_of_generators_than_images(count: int) -> None:
+    _, generators = make_image_noise((1, 2, 2), range(count))
+    with pytest.raises(ValueError, match="one for each of the 3 images"):
+        sample_ddim(
+            Diffusion(SCHEDULE), zeros, torch.zeros(3, 1, 2, 2), num_steps=2, eta=1.0,
+            generator=generators,
+        )  # fmt: skip
+
+
+def test_samples_can_be_learned_from() -> None:
+    x = sample_ddim(Diffusion(SCHEDULE), zeros, torch.randn(2, 1, 2, 2), num_steps=2)
+    weight = torch.ones((), requires_grad=True)
+    (weight * x).square().sum().backward()
+    assert weight.grad is not None
+
+
 def zeros(x: Tensor, t: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
@@ -102,6 +119,11 @@ def test_interpolation_ends_at_its_images(weight: float) -> None:
         noise=torch.randn(1, 1, 4, 4, dtype=torch.float64),
     )  # fmt: skip
     assert torch.allclose(x, chosen, atol=1e-9)
+    with pytest.raises(ValueError, match=r"t must be within 0\.\.99, got 100"):
+        interpolate(
+            diffusion, zeros, images[0], images[1], t=100, weight=0.5,
+            noise=torch.zeros_like(chosen),
+        )  # fmt: skip
     with pytest.raises(ValueError, match="weight must be between 0 and 1"):
         interpolate(
             diffusion, zeros, images[0], images[1], t=6, weight=2.0, noise=torch.zeros_like(chosen)

@@ -187,6 +187,8 @@ def test_refuses_what_it_was_not_made_for() -> None:
         UNet(SEQUENCE)(torch.zeros(1, 3, 8, 8), t)
     with pytest.raises(ValueError, match=r"takes \[batch, 3, height, width\], got \[1, 1, 8, 8\]"):
         UNet(SMALL)(torch.zeros(1, 1, 8, 8), t)
+    with pytest.raises(ValueError, match="takes no guess of the clean data"):
+        UNet(SMALL)(torch.zeros(1, 3, 8, 8), t, torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="has no classes and was given labels"):
         UNet(SMALL)(torch.zeros(1, 3, 8, 8), t, class_labels=t)
 
@@ -200,6 +202,8 @@ def test_refuses_what_it_was_not_made_for() -> None:
         ({"norm": "batch"}, "must be of group, rms, got batch"),
         ({"dim": 10}, "divisible by model.norm_groups"),
         ({"init_dim": 12}, "init_dim must be divisible by model.norm_groups"),
+        ({"heads": 0}, "must be 1 or more"),
+        ({"dim_mults": (), "attention": ()}, "must be 1 or more"),
         ({"time_features_dim": 3}, "time_features_dim must be even"),
     ],
 )

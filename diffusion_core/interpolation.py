@@ -1,0 +1,51 @@
+"""Images between two images."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_core.process import Denoiser, Diffusion
+from diffusion_core.samplers import sample_ddim
+
+
+def interpolate(
+    diffusion: Diffusion,
+    model: Denoiser,
+    x_1: Float[Tensor, "batch ..."],
+    x_2: Float[Tensor, "batch ..."],
+    *,
+    t: int,
+    weight: float,
+    noise: Float[Tensor, "batch ..."],
+    clip_x_start: bool = True,
+) -> Float[Tensor, "batch ..."]:
+    """Images between two: both noised to t with one noise, mixed, and denoised with DDIM.
+
+    Args:
+        diffusion: the process.
+        model: called as `model(x_t, t)`.
+        x_1: where weight 0 begins, in [-1, 1].
+        x_2: where weight 1 ends.
+        t: how far to noise: the further, the more freely the network fills in.
+        weight: of x_2, in [0, 1].
+        noise: standard normal, shared by both, so that weight 0 and 1 come back to the images.
+        clip_x_start: as in `sample_ddim`.
+
+    Raises:
+        ValueError: t or weight out of range.
+
+    Reference: Ho et al., DDPM (2006.11239), section 4.4, with one noise and DDIM.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must be between 0 and 1, got {weight}. 0.5 is halfway.")
+    if not 0 <= t < diffusion.num_train_timesteps:
+        raise ValueError(
+            f"t must be within 0..{diffusion.num_train_timesteps - 1}, got {t}. Half of T is a "
+            "usual value."
+        )
+    steps = range(t, -1, -1)
+    t_batch = torch.full((x_1.shape[0],), t, dtype=torch.int64, device=x_1.device)
+    x_t = torch.lerp(
+        diffusion.q_sample(x_1, t_batch, noise), diffusion.q_sample(x_2, t_batch, noise), weight
+    )
+    return sample_ddim(diffusion, model, x_t, timesteps=steps, clip_x_start=clip_x_start)
