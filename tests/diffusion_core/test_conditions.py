@@ -46,7 +46,9 @@ def draw(batch: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
 
 def test_a_plain_network_is_called_with_two_arguments() -> None:
     x_start, t, noise = draw()
-    Diffusion(SCHEDULE).loss(lambda x, t: 0 * x, x_start, t=t, noise=noise)
+    diffusion = Diffusion(SCHEDULE, "pred_noise")
+    loss = diffusion.loss(lambda x, t: 0 * x, x_start, t=t, noise=noise)  # a third would raise
+    assert float(loss) == pytest.approx(float(noise.square().mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("self_condition", [True, False])
