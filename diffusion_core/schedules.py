@@ -173,9 +173,9 @@ def make_schedule(name: str, num_train_timesteps: int, **options: Option) -> Noi
         raise ValueError(
             f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}. Choose one of these."
         )
-    if num_train_timesteps < 1:
+    if num_train_timesteps < 1 or num_train_timesteps != int(num_train_timesteps):
         raise ValueError(
-            f"num_train_timesteps must be at least 1, got {num_train_timesteps}. "
+            f"num_train_timesteps must be a whole number from 1 on, got {num_train_timesteps}. "
             "1000 is the usual number."
         )
     try:

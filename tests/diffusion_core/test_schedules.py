@@ -187,3 +187,10 @@ def test_sequences_that_are_no_schedule_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         NoiseSchedule("x", torch.tensor(signal).double(), torch.tensor(noise).double())
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("num_train_timesteps", [0, -3, 10.5])
+def test_refuses_a_number_of_timesteps_that_is_none(num_train_timesteps: int) -> None:
+    with pytest.raises(ValueError, match="must be a whole number from 1 on"):
+        make_schedule("cosine", num_train_timesteps)
