@@ -6,6 +6,7 @@ Progress reaches the driver, and `status`, through `progress.json` in the storag
 """
 
 import contextlib
+import gc
 import json
 import logging
 import threading
@@ -112,7 +113,11 @@ def train_rank(
             rank=rank,
             world_size=world_size,
         )
+        dist.barrier()  # rank 0 writes the last checkpoint while the others are done
     finally:
+        # The replica is part of a cycle that holds the group's threads: were they still running
+        # when the interpreter ends, the process would abort.
+        gc.collect()
         dist.destroy_process_group()
 
 
