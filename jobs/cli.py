@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.console import EventPrinter, show_exchanged, show_plan, show_schedules
-from pipeline.config import Config, load_config
+from pipeline.config import load_config
 from pipeline.driver import Outcome, Plan, make_plan, run_config
 from pipeline.errors import ConfigError, RaydiffusionError
 from pipeline.runs import list_runs, read_progress, read_run
+from pipeline.settings import Config
 from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
 

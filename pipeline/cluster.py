@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
 from pipeline.errors import ClusterError
 from pipeline.leases import is_process_alive
+from pipeline.settings import Config
 from pipeline.workflow import Resources
 
 PACKAGES = ("diffusion_core", "pipeline", "jobs")

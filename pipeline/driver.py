@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster import check_fits, connect, local_nodes, total
-from pipeline.config import Config
 from pipeline.leases import OnWait, hold_lease
 from pipeline.runs import RunRecord, last_identities, run_id
+from pipeline.settings import Config
 from pipeline.sources import list_input_shards
 from pipeline.steps import STEP_NAMES, make_steps
 from pipeline.storage import Storage, check_writable, open_storage

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from diffusion_core import CHUNK, Diffusion, UNet, make_image_noise, sample_ddim
 from pipeline.cluster import lost_task
-from pipeline.config import Config
 from pipeline.errors import EvaluationError
 from pipeline.features import check_counts, extract, load_extractor, quantise, read_features
 from pipeline.loader import keyed_seed, open_split
 from pipeline.loop import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
+from pipeline.settings import Config
 from pipeline.shards import ImageRow, write_arrow
 from pipeline.statistics import FeatureSums, frechet_distance, sum_features
 from pipeline.storage import open_storage

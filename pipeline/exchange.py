@@ -29,7 +29,7 @@ from diffusion_core.scheduler_config import (
 )
 from diffusion_core.timesteps import Spacing
 from pipeline.checkpoints import to_safetensors
-from pipeline.config import Config, load_config
+from pipeline.config import load_config
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, DataError
 from pipeline.model_folder import (
@@ -49,6 +49,7 @@ from pipeline.model_folder import (
 )
 from pipeline.model_folder import load_model_folder as load_model_folder
 from pipeline.models import make_diffusion, make_unet
+from pipeline.settings import Config
 from pipeline.workflow import read_artifact, read_manifest
 
 SCHEDULER_FILE = "scheduler_config.json"

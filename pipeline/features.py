@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import to_safetensors
 from pipeline.cluster import send_task
-from pipeline.config import Config, FeaturesConfig
 from pipeline.errors import DataError
 from pipeline.loader import keyed_seed, open_split, sample_ids
 from pipeline.loop import torch_threads
+from pipeline.settings import Config, FeaturesConfig
 from pipeline.shards import ArrowImages
 from pipeline.storage import open_storage
 from pipeline.workflow import StepContext, read_artifact

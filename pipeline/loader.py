@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusion_core import noise, timesteps
-from pipeline.config import NOISE_GROUP
 from pipeline.errors import StorageError
+from pipeline.settings import NOISE_GROUP
 from pipeline.shards import ArrowImages
 from pipeline.storage import Storage
 

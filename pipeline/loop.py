@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_core import EMA, Diffusion
 from pipeline.checkpoints import Checkpoint, CheckpointStore
-from pipeline.config import NOISE_GROUP, TrainConfig
 from pipeline.loader import (
     batch_positions,
     draw_coin,
@@ -25,6 +24,7 @@ from pipeline.loader import (
     keyed_seed,
     sample_ids,
 )
+from pipeline.settings import NOISE_GROUP, TrainConfig
 from pipeline.shards import ArrowImages
 
 LARGEST_HEAP_BLOCK = (32 << 20) - (64 << 10)  # bytes: just below glibc's limit

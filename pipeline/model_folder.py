@@ -22,8 +22,8 @@ from pydantic import Field, ValidationError
 
 from diffusion_core import Diffusion, NoiseSchedule, UNet, UNetConfig, make_schedule
 from diffusion_core.objectives import Objective, Weighting
-from pipeline.config import Section
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.settings import Section
 from pipeline.storage import open_storage
 
 MODEL_FILE = "model.json"

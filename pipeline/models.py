@@ -3,8 +3,8 @@
 import torch
 
 from diffusion_core import Diffusion, UNet, UNetConfig, make_schedule
-from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.settings import Config
 
 
 def make_diffusion(config: Config) -> Diffusion:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.config import DataConfig
 from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError, StorageError
+from pipeline.settings import DataConfig
 from pipeline.shards import ImageRow, write_arrow
 from pipeline.sources import TAR_ERRORS, InputShard, as_data_error, list_input_shards, open_source
 from pipeline.storage import Storage, open_storage

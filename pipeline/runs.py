@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.leases import read_holder
+from pipeline.settings import Config
 from pipeline.storage import Storage
 from pipeline.workflow import Event, PlannedStep
 

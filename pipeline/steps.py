@@ -6,7 +6,7 @@ inputs; golden tests in `tests/test_steps.py` catch the change that forgets it.
 
 from collections.abc import Sequence
 
-from pipeline.config import Config
+from pipeline.settings import Config
 from pipeline.sources import InputShard
 from pipeline.workflow import Resources, Step
 

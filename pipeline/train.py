@@ -17,11 +17,11 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.checkpoints import CheckpointStore, to_safetensors
-from pipeline.config import Config
 from pipeline.errors import RaydiffusionError, StorageError, TrainingError
 from pipeline.loader import open_split
 from pipeline.loop import Progress, torch_threads, train_loop
 from pipeline.models import make_diffusion, make_unet
+from pipeline.settings import Config
 from pipeline.storage import ObjectStorage, Storage, open_storage
 from pipeline.workflow import StepContext
 

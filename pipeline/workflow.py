@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from pipeline.config import Config
 from pipeline.errors import StorageError
 from pipeline.leases import hold_lease
+from pipeline.settings import Config
 from pipeline.storage import Storage, damaged, hashed_name
 
 LIBRARIES = ("raydiffusion", "torch", "ray", "pyarrow", "torchmetrics", "numpy", "pillow")

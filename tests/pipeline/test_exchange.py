@@ -20,7 +20,7 @@ from diffusion_core.interop import ImportedModel
 from diffusion_core.scheduler_config import make_scheduler_config, read_scheduler_config
 from pipeline import exchange, model_folder
 from pipeline.checkpoints import to_safetensors
-from pipeline.config import DiffusionConfig, EvaluateConfig, load_config
+from pipeline.config import load_config
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.exchange import (
@@ -30,6 +30,7 @@ from pipeline.exchange import (
     load_model_folder,
 )
 from pipeline.models import make_diffusion, make_unet
+from pipeline.settings import DiffusionConfig, EvaluateConfig
 from pipeline.storage import LocalStorage
 
 FIXTURES = Path(__file__).resolve().parent.parent / "diffusion_core" / "fixtures"

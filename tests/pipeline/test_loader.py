@@ -3,7 +3,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import NOISE_GROUP
 from pipeline.loader import (
     batch_positions,
     draw_coin,
@@ -12,6 +11,7 @@ from pipeline.loader import (
     keyed_seed,
     sample_ids,
 )
+from pipeline.settings import NOISE_GROUP
 
 
 @given(seed=st.integers(0, 2**40), num_samples=st.integers(1, 200), epoch=st.integers(0, 5))

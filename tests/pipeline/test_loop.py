@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.checkpoints import CheckpointStore
-from pipeline.config import Config, load_config
+from pipeline.config import load_config
+from pipeline.settings import Config
 from pipeline.shards import ImageRow, write_arrow
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process, train_rank

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.config import DataConfig
 from pipeline.errors import DataError
 from pipeline.preprocess import SPLITS, preprocess_shard, unit_key
+from pipeline.settings import DataConfig
 from pipeline.shards import ArrowImages, ImageRow, write_arrow
 from pipeline.sources import InputShard
 from pipeline.storage import LocalStorage

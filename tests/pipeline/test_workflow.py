@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config, DataConfig
 from pipeline.errors import DataError, StorageError
+from pipeline.settings import Config, DataConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow import (
     Event,

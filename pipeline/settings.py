@@ -1,0 +1,207 @@
+"""The settings: one typed, frozen, printable object, a section for each part of the work.
+
+Reading them from a file, and telling what is wrong there, is in `config.py`. Nothing here
+imports torch or Ray, so that `plan` and a fully cached run answer at once.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NOISE_GROUP = 16  # positions of the global batch that share one noise stream (design 3.4)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """Common strictness of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class StorageConfig(Section):
+    """Where everything is kept."""
+
+    root: str = Field(default="runs", min_length=1, description="directory or fsspec URI")
+
+
+class DataConfig(Section):
+    """Which images, and what they are made into."""
+
+    sources: tuple[str, ...] = Field(
+        min_length=1, description="tar shards: paths or globs, relative to the config file"
+    )
+    resolution: Positive = Field(description="side of the square images in pixels")
+    mode: Literal["L", "RGB"] = Field(default="RGB", description="grey or colour")
+    validation_fraction: Fraction = Field(default=0.05, description="share held out for choices")
+    test_fraction: Fraction = Field(default=0.05, description="share held out for the final score")
+    max_bad_fraction: Fraction = Field(
+        default=0.01, description="share of images that may be refused"
+    )
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return 1 if self.mode == "L" else 3
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "validation_fraction and test_fraction must leave images to train on, got "
+                f"{self.validation_fraction} + {self.test_fraction}. Lower them."
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The U-Net; see `diffusion_core.UNetConfig` for the meaning of each."""
+
+    dim: Positive = 64
+    dim_mults: tuple[Positive, ...] = Field(default=(1, 2, 4), min_length=1)
+    attention: tuple[Literal["none", "linear", "full"], ...] = ("none", "none", "full")
+    heads: Positive = 4
+    head_dim: Positive = 32
+    memory_kv: int = Field(default=0, ge=0, description="learned keys and values in attention")
+    norm: Literal["group", "rms"] = "group"
+    norm_groups: Positive = 8
+    downsample: Literal["unshuffle", "strided"] = "unshuffle"
+    time_features: Literal["sinusoidal", "learned", "random"] = "sinusoidal"
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _one_attention_a_level(self) -> Self:
+        if len(self.attention) != len(self.dim_mults):
+            raise ValueError(
+                f"attention must name one kind for each of the {len(self.dim_mults)} levels of "
+                f"dim_mults, got {len(self.attention)}. Make them equally long."
+            )
+        if self.dim % 2 or (self.norm == "group" and self.dim % self.norm_groups):
+            raise ValueError(
+                f"dim must be even and divisible by norm_groups = {self.norm_groups}, got "
+                f"{self.dim}. Use a multiple of it."
+            )
+        return self
+
+
+class DiffusionConfig(Section):
+    """Schedule and objective; the options of the named schedule go into `schedule_options`."""
+
+    schedule: Literal[
+        "linear", "scaled_linear", "cosine", "sigmoid", "sqrt", "logistic", "lerp"
+    ] = "cosine"
+    schedule_options: dict[str, float | bool] = {}
+    num_train_timesteps: Positive = 1000
+    objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = "pred_v"
+    weighting: Literal["uniform", "snr", "min_snr", "vlb"] = "uniform"
+    gamma: float = Field(default=5.0, gt=0)
+    offset_noise: float = Field(default=0.0, ge=0, description="strength; 0.1 is usual")
+    self_condition: bool = Field(
+        default=False, description="show the network its own guess of the clean image"
+    )
+    learned_variance: bool = Field(default=False, description="for sampling with ddpm")
+
+
+class TrainConfig(Section):
+    """How the network is trained."""
+
+    num_workers: Positive = Field(default=1, description="data-parallel workers")
+    cpus_per_worker: Positive = 1
+    use_gpu: bool = False
+    num_steps: Positive = Field(
+        default=10_000, description="optimiser steps; raising it extends a run"
+    )
+    global_batch_size: Positive = Field(default=64, description="over all workers")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: Fraction = 0.999
+    timestep_draw: Literal["uniform", "antithetic", "stratified"] = "uniform"
+    checkpoint_every: Positive = Field(default=500, description="optimiser steps")
+    max_failures: int = Field(default=2, ge=0, description="times a dead worker is replaced")
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _split_batch_by_groups(self) -> Self:
+        unit = NOISE_GROUP * self.num_workers
+        if self.global_batch_size % unit:
+            raise ValueError(
+                f"global_batch_size must be a multiple of {NOISE_GROUP} x num_workers = {unit}, "
+                f"got {self.global_batch_size}. Use "
+                f"{max(unit, round(self.global_batch_size / unit) * unit)}."
+            )
+        return self
+
+
+class FeaturesConfig(Section):
+    """The classifier whose penultimate layer is the feature space of the score."""
+
+    width: int = Field(default=16, ge=2, le=512, description="number of features")
+    num_steps: Positive = 600
+    batch_size: Positive = 128
+    learning_rate: float = Field(default=3e-3, gt=0)
+    seed: Seed = 0
+
+
+class EvaluateConfig(Section):
+    """The protocol of the score."""
+
+    num_samples: Positive = 1024
+    num_steps: Positive = Field(default=50, description="DDIM steps")
+    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    eta: float = Field(default=0.0, ge=0, le=1)
+    clip_x_start: bool = True
+    seed: Seed = 0
+
+
+class ClusterConfig(Section):
+    """Where the work runs: a Ray started here, or one that is there."""
+
+    address: str | None = Field(
+        default=None, description="of a running Ray cluster; none starts Ray here"
+    )
+    num_cpus: Positive | None = Field(
+        default=None, description="of the Ray started here; none is all"
+    )
+
+
+class Config(Section):
+    """Everything that determines a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="of the model")
+    storage: StorageConfig = StorageConfig()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _agree_across_sections(self) -> Self:
+        divisor = 2 ** (len(self.model.dim_mults) - 1)
+        faults = []
+        if self.data.resolution % divisor:
+            faults.append(
+                f"data.resolution must be divisible by {divisor} for the "
+                f"{len(self.model.dim_mults)} levels of model.dim_mults, got "
+                f"{self.data.resolution}. Change one of them."
+            )
+        if self.evaluate.num_steps > self.diffusion.num_train_timesteps:
+            faults.append(
+                "evaluate.num_steps must not exceed diffusion.num_train_timesteps = "
+                f"{self.diffusion.num_train_timesteps}, got {self.evaluate.num_steps}. Lower it."
+            )
+        needed = 10 * self.features.width
+        if self.evaluate.num_samples < needed:
+            faults.append(
+                f"evaluate.num_samples must be at least 10 x features.width = {needed}, got "
+                f"{self.evaluate.num_samples}. Raise it or make the features narrower."
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
