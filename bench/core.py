@@ -33,6 +33,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the library's sampler draws a bar
 
 import torch  # noqa: E402
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # noqa: E402  # pyright: ignore
+from machine import hardware  # noqa: E402
 
 from diffusion_core import Diffusion, UNet, make_schedule, sample_ddim  # noqa: E402
 from diffusion_core.interop_unet import convert_unet  # noqa: E402
@@ -126,7 +127,7 @@ def main() -> None:
     document = {
         **{key: first[key] for key in ("train_ratio", "sample_ratio", "memory_ratio")},
         "settings": results,
-        "hardware": {"cpu": cpu_model(), "cpus": os.cpu_count(), "threads": NUM_THREADS},
+        "hardware": {**hardware(), "threads": NUM_THREADS},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "denoising-diffusion-pytorch")},
@@ -265,11 +266,6 @@ def measure_memory(setting: Setting, side: str) -> float:
 def resident_mib(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field))) / 1024
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
 
 
 if __name__ == "__main__":

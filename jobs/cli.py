@@ -16,7 +16,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.console import EventPrinter, show_exchanged, show_plan, show_schedules
+from jobs.console import (
+    EventPrinter,
+    show_dataset,
+    show_exchanged,
+    show_plan,
+    show_schedules,
+)
 from pipeline.config import load_config
 from pipeline.driver import Outcome, Plan, make_plan, run_config
 from pipeline.errors import ConfigError, RaydiffusionError
@@ -55,10 +61,19 @@ def run(
 
 @app.command()
 def preprocess(
-    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+    config: ConfigPath,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="print the manifest and draw a contact sheet")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="the contact sheet, a PNG file")] = Path(
+        "contact_sheet.png"
+    ),
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    no_wait: NoWait = False,
 ) -> None:
-    """Turn the image shards into Arrow shards."""
-    _run_steps(config, set_, as_json, no_wait, ("preprocess",))
+    """Turn the images into Arrow shards."""
+    _run_steps(config, set_, as_json, no_wait, ("preprocess",), output if inspect else None)
 
 
 @app.command()
@@ -81,7 +96,7 @@ def evaluate(
 def plan(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Print which steps are cached, which would run, and why. Starts nothing."""
     with _errors_to_exit_codes(as_json):
-        planned = make_plan(load_config(config, set_ or ()))
+        planned = make_plan(load_config(config, set_ or ()), read_remote=False)
         if as_json:
             _print_json(_plan_json(planned))
         else:
@@ -98,7 +113,7 @@ def status(
     """Print what a run did, or the runs below a storage root."""
     with _errors_to_exit_codes(as_json):
         if target.endswith(".toml"):
-            planned = make_plan(load_config(target, set_ or ()))
+            planned = make_plan(load_config(target, set_ or ()), read_remote=False)
             storage, run_name = planned.storage, planned.run
         elif target and not Path(target).is_dir() and "://" not in target:
             storage, run_name = open_storage(root), target
@@ -230,27 +245,49 @@ def export(
 
 
 def _run_steps(
-    path: Path, overrides: list[str] | None, as_json: bool, no_wait: bool, targets: tuple[str, ...]
+    path: Path,
+    overrides: list[str] | None,
+    as_json: bool,
+    no_wait: bool,
+    targets: tuple[str, ...],
+    contact_sheet: Path | None = None,
 ) -> None:
     console = Console(stderr=as_json)
     printer = EventPrinter(console)
     with _errors_to_exit_codes(as_json):
         started = time.monotonic()
         config = load_config(path, overrides or ())
-        with printer.live():
+        # Ray prints to stdout when a worker dies, where a program expects one JSON object.
+        stdout = contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
+        with printer.live(), stdout:
             outcome = run_config(
                 config,
                 targets,
                 observer=printer.observe,
                 on_plan=lambda planned: _say_what_is_left(console, config, planned),
                 on_wait=printer.wait,
+                on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
             )
         seconds = time.monotonic() - started
+        document = _inspect(outcome, contact_sheet) if contact_sheet is not None else None
         if as_json:
-            _print_json(_outcome_json(outcome, seconds))
-        else:
-            _show_outcome(console, outcome, seconds)
+            shown = {"dataset": document, "contact_sheet": str(contact_sheet)} if document else {}
+            _print_json(_outcome_json(outcome, seconds) | shown)
+            return
+        _show_outcome(console, outcome, seconds)
+        if document is not None and contact_sheet is not None:
+            show_dataset(console, document, contact_sheet)
+
+
+def _inspect(outcome: Outcome, contact_sheet: Path) -> dict[str, Any]:
+    """The document of the data set; draws its contact sheet."""
+    from pipeline.dataset import read_dataset
+    from pipeline.report.contact_sheet import write_contact_sheet
+
+    manifest = outcome.manifests["preprocess"]
+    write_contact_sheet(outcome.plan.storage, manifest, contact_sheet)
+    return read_dataset(outcome.plan.storage, manifest)
 
 
 def _say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
@@ -350,6 +387,7 @@ def _exchanged_json(exchanged: Any) -> dict[str, Any]:
 def _plan_json(planned: Plan) -> dict[str, Any]:
     return {
         "run": planned.run,
+        "missing_shards": planned.missing_shards,
         "steps": [
             {"step": p.step.name, "action": p.action, "reason": p.reason, "key": p.key}
             for p in planned.steps

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.cluster import check_fits, connect, local_nodes, total
+from pipeline.errors import ConfigError
+from pipeline.identities import OnHash
 from pipeline.leases import OnWait, hold_lease
 from pipeline.runs import RunRecord, last_identities, run_id
 from pipeline.settings import Config
-from pipeline.sources import list_input_shards
+from pipeline.sources import list_inputs
 from pipeline.steps import STEP_NAMES, make_steps
 from pipeline.storage import Storage, check_writable, open_storage
+from pipeline.units import missing_units
 from pipeline.workflow import (
     Observer,
     PlannedStep,
@@ -22,6 +25,8 @@ from pipeline.workflow import (
     read_artifact,
 )
 
+SHOWN = 3  # names of input shards in a plan
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,6 +35,7 @@ class Plan:
     run: str
     storage: Storage
     steps: list[PlannedStep]
+    missing_shards: list[str]  # input shards that would be preprocessed
 
     @property
     def is_cached(self) -> bool:
@@ -51,22 +57,41 @@ class Outcome:
     report: str | None
 
 
-def make_plan(config: Config, targets: Sequence[str] = STEP_NAMES) -> Plan:
+def make_plan(
+    config: Config,
+    targets: Sequence[str] = STEP_NAMES,
+    *,
+    read_remote: bool = True,
+    on_hash: OnHash | None = None,
+) -> Plan:
     """Looks at the shards and at what is done, and says what is left. Starts nothing.
 
     Args:
         config: the whole config.
         targets: the steps wanted; what they rest on is planned too.
+        read_remote: whether remote files that were never seen are read to be hashed; otherwise
+            the plan takes them for new, and the run has no name yet.
+        on_hash: told the number of files and bytes that are about to be read.
 
     Raises:
-        DataError: the shards are missing, empty or no tar files.
+        DataError: a source matches nothing or cannot be read.
         StorageError: the root cannot be read.
     """
     storage = open_storage(config.storage.root)
-    shards = list_input_shards(config.data.sources, storage)
-    steps = make_steps(config, shards)
-    planned = plan(steps, storage, last_identities(storage, config.name))
-    return Plan(run_id(config, planned), storage, needed_for(planned, targets))
+    inputs = list_inputs(config.data, storage, read_remote=read_remote, on_hash=on_hash)
+    planned = plan(
+        make_steps(config, inputs.shards), storage, last_identities(storage, config.name)
+    )
+    missing = []
+    if planned[0].action != "cached":
+        missing = [shard.name for shard in missing_units(inputs.shards, config.data, storage)]
+        names = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+        left = f"{len(missing):,} of {len(inputs.shards):,} input shards to do"
+        reason = f"{planned[0].reason}; {left}" + (f": {names}" if names else "")
+        planned[0] = replace(planned[0], reason=reason)
+    is_known = all(shard.sha256 is not None for shard in inputs.shards)
+    run = run_id(config, planned) if is_known else f"{config.name}-?"
+    return Plan(run, storage, needed_for(planned, targets), missing)
 
 
 def run_config(
@@ -76,6 +101,7 @@ def run_config(
     observer: Observer,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_wait: OnWait | None = None,
+    on_hash: OnHash | None = None,
     wait_for_lease: bool = True,
 ) -> Outcome:
     """Brings the targets about: what is cached is kept, what was begun is continued.
@@ -89,12 +115,18 @@ def run_config(
         observer: told what happens.
         on_plan: told the plan that will be followed.
         on_wait: told while another process holds the run.
+        on_hash: told the number of files and bytes that are read before there is a plan.
         wait_for_lease: for another process at the same run; otherwise leave at once.
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
     """
-    planned = make_plan(config, targets)
+    if config.data.is_sequence and not set(targets) <= {"preprocess", "train"}:
+        raise ConfigError(
+            "The score is one of images, and data.sequence_shape makes sequences. Use the verbs "
+            "preprocess and train."
+        )
+    planned = make_plan(config, targets, on_hash=on_hash)
     if not planned.is_cached:
         _preflight(config, planned)
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
@@ -139,7 +171,12 @@ def _preflight(config: Config, planned: Plan) -> None:
 @contextlib.contextmanager
 def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
     """What the steps may use: a running Ray's resources, or none if no step asks for any."""
-    needs_ray = any(p.action != "cached" and p.step.resources != Resources() for p in planned.steps)
+    needs_ray = any(
+        p.action != "cached"
+        and p.step.resources != Resources()
+        and (p.step.name != "preprocess" or planned.missing_shards)
+        for p in planned.steps
+    )
     if not needs_ray:
         yield Resources()
         return

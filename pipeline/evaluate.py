@@ -19,13 +19,14 @@ from torch import Tensor
 
 from diffusion_core import CHUNK, Diffusion, UNet, make_image_noise, sample_ddim
 from pipeline.cluster import lost_task
+from pipeline.dataset import open_split
 from pipeline.errors import EvaluationError
 from pipeline.features import check_counts, extract, load_extractor, quantise, read_features
-from pipeline.loader import keyed_seed, open_split
+from pipeline.loader import keyed_seed
 from pipeline.loop import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
 from pipeline.settings import Config
-from pipeline.shards import ImageRow, write_arrow
+from pipeline.shards import write_arrow
 from pipeline.statistics import FeatureSums, frechet_distance, sum_features
 from pipeline.storage import open_storage
 from pipeline.workflow import StepContext, read_artifact
@@ -59,8 +60,9 @@ def evaluate(context: StepContext) -> dict[str, Any]:
     sums["floor"] = sum_features(real[order.permutation(len(real))[: settings.num_samples]])
     score = _score(context, sums)
 
-    rows = [ImageRow(image, None, f"sample {k}") for k, image in enumerate(images["trained"])]
-    context.write_artifact("samples.arrow", write_arrow(rows, images["trained"].shape[1:]))
+    drawn = images["trained"]
+    names = [f"sample {k}" for k in range(len(drawn))]
+    context.write_artifact("samples.arrow", write_arrow(drawn, [None] * len(drawn), names))
     context.write_artifact("pictures.safetensors", safetensors.numpy.save(_draw_strips(context)))
     context.scratch.append(f"{context.directory}/chunks")
     context.note(
@@ -110,7 +112,8 @@ def _score(context: StepContext, sums: Mapping[str, FeatureSums]) -> dict[str, A
             "guidance_scale": None,
             "resolution": config.data.resolution,
             "mode": config.data.mode,
-            "resize": "lanczos",
+            "resize": config.data.resample,
+            "fit": config.data.fit,
             "implementation": f"torchmetrics {version('torchmetrics')}",
         },
     }
@@ -187,7 +190,7 @@ def _sample_chunk(
 def _sample(config: Config, model: UNet, numbers: range, on_step: Any = None) -> Tensor:
     """The samples with these numbers, each from the noise of its own seed."""
     settings = config.evaluate
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    shape = config.data.shape
     seeds = [keyed_seed("sample", settings.seed, k) for k in numbers]
     noise, generators = make_image_noise(shape, seeds)
     return sample_ddim(

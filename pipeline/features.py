@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import to_safetensors
 from pipeline.cluster import send_task
+from pipeline.dataset import open_shards, open_split, read_dataset
 from pipeline.errors import DataError
-from pipeline.loader import keyed_seed, open_split, sample_ids
+from pipeline.loader import keyed_seed, sample_ids
 from pipeline.loop import torch_threads
 from pipeline.settings import Config, FeaturesConfig
-from pipeline.shards import ArrowImages
+from pipeline.shards import ArrowItems
 from pipeline.storage import open_storage
 from pipeline.workflow import StepContext, read_artifact
 
@@ -54,11 +55,11 @@ def train_extractor(context: StepContext) -> dict[str, Any]:
         DataError: there are no labels to train on.
     """
     data = context.inputs["preprocess"]
-    labels = data["metrics"]["labels"]
-    if "none" in labels or len(labels) < 2:
+    labels, unlabelled = data["metrics"]["labels"], data["metrics"]["unlabelled"]
+    if unlabelled or len(labels) < 2:
         raise DataError(
             "The classifier that scores samples needs a label for every image and two classes "
-            f"or more, got {len(labels)} kinds of label with {labels.get('none', 0)} images "
+            f"or more, got {len(labels)} kinds of label with {unlabelled} images "
             "unlabelled. Put a .cls file beside each image in the shards."
         )
     result = send_task(
@@ -174,7 +175,7 @@ def _train_classifier(storage_uri: str, data: dict[str, Any], settings: str) -> 
 
 
 @torch.inference_mode()
-def _accuracy(model: Classifier, images: ArrowImages) -> float:
+def _accuracy(model: Classifier, images: ArrowItems) -> float:
     features = extract(model, images.gather(np.arange(len(images))))
     predicted = model.head(torch.from_numpy(features)).argmax(1).numpy()
     return float((predicted == images.labels).mean())
@@ -188,14 +189,14 @@ def _extract_splits(
     extractor = load_extractor(weights, features["metrics"])
     arrays: dict[str, Tensor] = {}
     counts = {}
+    document = read_dataset(storage, data)
     with torch_threads(1):
         for split in ("train", "validation", "test"):
             counts[split] = 0
-            for shard in data["metrics"]["shards"]:
-                if not shard["splits"][split]["count"]:
+            for shard in document["shards"]:
+                images = open_shards(storage, document, [shard], split)
+                if not len(images):
                     continue
-                one_shard = {"metrics": {"shards": [shard]}}
-                images = open_split(storage, one_shard, split)
                 found = extract(extractor, images.gather(np.arange(len(images))))
                 arrays[f"{split}/{shard['input']}"] = torch.from_numpy(found)
                 counts[split] += len(found)

@@ -7,43 +7,13 @@ that a resumed run continues exactly and a split one sees the same.
 
 import functools
 import hashlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from diffusion_core import noise, timesteps
-from pipeline.errors import StorageError
 from pipeline.settings import NOISE_GROUP
-from pipeline.shards import ArrowImages
-from pipeline.storage import Storage
-
-
-def open_split(storage: Storage, manifest: Mapping[str, Any], split: str) -> ArrowImages:
-    """Opens the images of one split of a preprocessed data set.
-
-    Args:
-        storage: the root.
-        manifest: of the step `preprocess`.
-        split: `train`, `validation` or `test`.
-
-    Raises:
-        StorageError: a shard is missing or cut short.
-    """
-    paths = [
-        storage.local_path(f"{shard['directory']}/{split}.arrow", shard["splits"][split]["sha256"])
-        for shard in manifest["metrics"]["shards"]
-    ]
-    try:
-        return ArrowImages(paths)
-    except pa.ArrowInvalid as error:
-        raise StorageError(
-            f"An Arrow shard below {storage.uri}/steps/shard is cut short ({error}). Delete its "
-            "directory and that of the step preprocess, and run again: both are made anew."
-        ) from error
 
 
 def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from pipeline.loader import (
     sample_ids,
 )
 from pipeline.settings import NOISE_GROUP, TrainConfig
-from pipeline.shards import ArrowImages
+from pipeline.shards import ArrowItems
 
 LARGEST_HEAP_BLOCK = (32 << 20) - (64 << 10)  # bytes: just below glibc's limit
 LOG_EVERY = 20  # optimiser steps: how often ranks agree on the loss and progress is told
@@ -47,7 +47,7 @@ def train_loop(
     config: TrainConfig,
     model: nn.Module,
     diffusion: Diffusion,
-    images: ArrowImages,
+    images: ArrowItems,
     store: CheckpointStore,
     *,
     rank: int = 0,
@@ -152,7 +152,7 @@ class _Clock:
 def _batch(
     config: TrainConfig,
     diffusion: Diffusion,
-    images: ArrowImages,
+    images: ArrowItems,
     step: int,
     rank: int,
     world_size: int,
@@ -168,9 +168,11 @@ def _batch(
     )
     groups = range(rank * share // NOISE_GROUP, (rank + 1) * share // NOISE_GROUP)
     noise = draw_noise(key, groups, tuple(pixels.shape[1:]), diffusion.offset_noise)
-    # uint8 until the device: bytes are what travels.
-    x_start = pixels.to(device).float().div_(127.5).sub_(1)
-    x_start = x_start.contiguous(memory_format=torch.channels_last)
+    # uint8 until the device: bytes are what travels. Sequences are float32 and used as they are.
+    x_start = pixels.to(device)
+    if x_start.dtype == torch.uint8:
+        x_start = x_start.float().div_(127.5).sub_(1)
+        x_start = x_start.contiguous(memory_format=torch.channels_last)
     return x_start, timesteps[rank * share : (rank + 1) * share].to(device), noise.to(device)
 
 

@@ -33,6 +33,7 @@ def make_unet(config: Config, seed: int) -> UNet:
     """The untrained network; equal seeds give equal weights."""
     unet_config = UNetConfig(
         channels=config.data.channels,
+        is_sequence=config.data.is_sequence,
         self_condition=config.diffusion.self_condition,
         learned_variance=config.diffusion.learned_variance,
         **config.model.model_dump(),

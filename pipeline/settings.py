@@ -28,23 +28,89 @@ class StorageConfig(Section):
 
 
 class DataConfig(Section):
-    """Which images, and what they are made into."""
+    """Which images or sequences, and what they are made into."""
 
     sources: tuple[str, ...] = Field(
-        min_length=1, description="tar shards: paths or globs, relative to the config file"
+        min_length=1,
+        description="tar, zip, Parquet, IDX, npy and npz files, or directories of images: paths, "
+        "globs or URIs, relative to the config file",
     )
-    resolution: Positive = Field(description="side of the square images in pixels")
+    resolution: Positive | None = Field(
+        default=None, description="side of the square images in pixels"
+    )
+    sequence_shape: tuple[Positive, Positive] | None = Field(
+        default=None, description="[channels, length] of sequences, instead of resolution"
+    )
     mode: Literal["L", "RGB"] = Field(default="RGB", description="grey or colour")
+    fit: Literal["crop", "stretch", "pad"] = Field(
+        default="crop", description="how a rectangle becomes a square"
+    )
+    resample: Literal["area", "bicubic", "lanczos"] = Field(
+        default="lanczos", description="filter of the resize, always antialiased"
+    )
+    background: str = Field(
+        default="#ffffff",
+        pattern=r"^#[0-9a-fA-F]{6}$",
+        description="behind transparent pixels and around padded images",
+    )
+    jpeg_draft: bool = Field(
+        default=True, description="decode large JPEGs at a fraction of their size"
+    )
+    max_pixels: Positive = Field(
+        default=1 << 26, description="an image with more is refused before it is decoded"
+    )
+    min_resolution_px: Positive = Field(
+        default=1, description="images with a shorter side are left out"
+    )
+    include_labels: tuple[int | str, ...] = Field(
+        default=(), description="only these; all when empty"
+    )
+    require_labels: bool = Field(default=False, description="refuse what has no label")
+    label_field: str = Field(
+        default="label", description="Parquet column, npz array or field of .json with the label"
+    )
+    content_field: str | None = Field(
+        default=None, description="Parquet column or npz array with the content; none: found"
+    )
+    drop_duplicates: bool = Field(default=False, description="keep one of equal files")
+    shard_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
+        default=1 << 25, description="size that Arrow shards do not exceed"
+    )
     validation_fraction: Fraction = Field(default=0.05, description="share held out for choices")
     test_fraction: Fraction = Field(default=0.05, description="share held out for the final score")
-    max_bad_fraction: Fraction = Field(
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.01, description="share of images that may be refused"
     )
 
     @property
+    def is_sequence(self) -> bool:
+        """Whether the items are float32 sequences, not uint8 images."""
+        return self.sequence_shape is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, H, W] of every image, or [C, L] of every sequence."""
+        if self.sequence_shape is not None:
+            return self.sequence_shape
+        assert self.resolution is not None  # one of the two is given
+        return (self.channels, self.resolution, self.resolution)
+
+    @property
     def channels(self) -> int:
-        """1 for grey, 3 for colour."""
+        """1 for grey, 3 for colour; those of the sequences."""
+        if self.sequence_shape is not None:
+            return self.sequence_shape[0]
         return 1 if self.mode == "L" else 3
+
+    @model_validator(mode="after")
+    def _be_one_kind(self) -> Self:
+        if (self.resolution is None) == (self.sequence_shape is None):
+            raise ValueError(
+                "either resolution (images) or sequence_shape (sequences) must be given, got "
+                + ("neither" if self.resolution is None else "both")
+                + ". Set one."
+            )
+        return self
 
     @model_validator(mode="after")
     def _leave_something_to_train_on(self) -> Self:
@@ -185,11 +251,14 @@ class Config(Section):
     def _agree_across_sections(self) -> Self:
         divisor = 2 ** (len(self.model.dim_mults) - 1)
         faults = []
-        if self.data.resolution % divisor:
+        key, size = "data.resolution", self.data.shape[-1]
+        if self.data.is_sequence:
+            key = "data.sequence_shape's length"
+        if size % divisor:
             faults.append(
-                f"data.resolution must be divisible by {divisor} for the "
-                f"{len(self.model.dim_mults)} levels of model.dim_mults, got "
-                f"{self.data.resolution}. Change one of them."
+                f"{key} must be divisible by {divisor} for the "
+                f"{len(self.model.dim_mults)} levels of model.dim_mults, got {size}. "
+                "Change one of them."
             )
         if self.evaluate.num_steps > self.diffusion.num_train_timesteps:
             faults.append(

@@ -36,10 +36,10 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
     return [
         Step(
             name="preprocess",
-            version=1,
+            version=2,
             function="pipeline.preprocess:preprocess",
             settings={f"data.{key}": value for key, value in data.items()}
-            | {"shards": {shard.name: shard.sha256 for shard in shards}},
+            | {"shards": {shard.name: shard.sha256 or "unread" for shard in shards}},
             resources=WHOLE_CLUSTER,
         ),
         Step(
@@ -71,7 +71,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
         ),
         Step(
             name="evaluate",
-            version=2,
+            version=3,
             function="pipeline.evaluate:evaluate",
             settings=sections["evaluate"],
             inputs=("preprocess", "features", "reference", "train"),

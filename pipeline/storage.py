@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from pipeline.errors import StorageError
 
+Content = bytes | memoryview
+
 
 class Storage(Protocol):
     """What steps may ask of the root. `uri` opens an equal one in another process."""
@@ -23,7 +25,7 @@ class Storage(Protocol):
     @property
     def uri(self) -> str: ...
 
-    def create(self, path: str, content: bytes) -> bool:
+    def create(self, path: str, content: Content) -> bool:
         """Writes a new file whole; False, and nothing changed, when there is one already."""
         ...
 
@@ -83,7 +85,7 @@ class LocalStorage:
 
     uri: str
 
-    def create(self, path: str, content: bytes) -> bool:
+    def create(self, path: str, content: Content) -> bool:
         with self._staged(path, content) as staged:
             try:
                 os.link(staged, self._path(path))
@@ -129,7 +131,7 @@ class LocalStorage:
         return Path(self.uri, path)
 
     @contextlib.contextmanager
-    def _staged(self, path: str, content: bytes) -> Iterator[Path]:
+    def _staged(self, path: str, content: Content) -> Iterator[Path]:
         """The content in a file of its own beside the target, removed afterwards."""
         target = self._path(path)
         staged = target.parent / f".staged-{uuid.uuid4().hex}"
@@ -158,10 +160,10 @@ class ObjectStorage:
 
     uri: str
 
-    def create(self, path: str, content: bytes) -> bool:
+    def create(self, path: str, content: Content) -> bool:
         with _as_storage_error("write", self._path(path)):
             try:
-                self._filesystem.pipe_file(self._path(path), content, mode="create")
+                self._filesystem.pipe_file(self._path(path), bytes(content), mode="create")
             except FileExistsError:
                 return False
         return True

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.checkpoints import CheckpointStore, to_safetensors
+from pipeline.dataset import open_split
 from pipeline.errors import RaydiffusionError, StorageError, TrainingError
-from pipeline.loader import open_split
 from pipeline.loop import Progress, torch_threads, train_loop
 from pipeline.models import make_diffusion, make_unet
 from pipeline.settings import Config

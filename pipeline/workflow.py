@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pipeline.errors import StorageError
 from pipeline.leases import hold_lease
 from pipeline.settings import Config
-from pipeline.storage import Storage, damaged, hashed_name
+from pipeline.storage import Content, Storage, damaged, hashed_name
 
 LIBRARIES = ("raydiffusion", "torch", "ray", "pyarrow", "torchmetrics", "numpy", "pillow")
 
@@ -114,7 +114,7 @@ class StepContext:
         """Where it keeps what a longer run of the same can continue from."""
         return self.planned.series_directory
 
-    def write_artifact(self, name: str, content: bytes) -> None:
+    def write_artifact(self, name: str, content: Content) -> None:
         """Writes a file of the step's result and records it for the manifest.
 
         The file's name holds the hash of its content, so that a late zombie of this step cannot
@@ -353,12 +353,24 @@ def _reason(
         old, new = previous["settings"].get(key), identity["settings"].get(key)
         if old != new:
             brief = all(not isinstance(v, dict | list) for v in (old, new))
-            changes.append(f"{key} changed" + (f" from {old} to {new}" if brief else ""))
+            how = f" from {old} to {new}" if brief else ""
+            if isinstance(old, dict) and isinstance(new, dict):
+                how = f" ({_difference(old, new)})"
+            changes.append(f"{key} changed{how}")
     for name, key in identity["inputs"].items():
         if previous["inputs"].get(name) != key:
             word = "runs again" if planned[name].action == "run" else "is another"
             changes.append(f"{name} {word}")
     return "; ".join(changes) if changes else "it did not finish"
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    counts = {
+        "added": len(new.keys() - old.keys()),
+        "changed": sum(old[key] != new[key] for key in old.keys() & new.keys()),
+        "removed": len(old.keys() - new.keys()),
+    }
+    return ", ".join(f"{count:,} {word}" for word, count in counts.items() if count)
 
 
 def _library_versions() -> dict[str, str]:

@@ -1,6 +1,9 @@
 """Fixtures, named by what they start or make."""
 
+import hashlib
 import io
+import json
+import logging
 import os
 import secrets
 import shutil
@@ -13,11 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import numpy as np
 import pytest
+import s3fs
+from moto.server import DomainDispatcherApplication, create_backend_app
 from PIL import Image
+from werkzeug.serving import make_server
+
+from pipeline.shards import write_arrow
+from pipeline.storage import LocalStorage
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
@@ -98,6 +108,24 @@ def make_png() -> Callable[..., bytes]:
     return make
 
 
+@pytest.fixture
+def write_data_set() -> Callable[..., dict[str, Any]]:
+    """Writes a training split into a storage root, as `preprocess` would; its manifest."""
+
+    def write(storage: LocalStorage, items: np.ndarray) -> dict[str, Any]:
+        names = [str(k) for k in range(len(items))]
+        content = write_arrow(items, [None] * len(items), names)
+        storage.create("d/train.arrow", content)
+        file = {"split": "train", "file": "train.arrow", "count": len(items), "sha256": ""}
+        document = {"classes": None, "shards": [{"input": "x", "directory": "d", "files": [file]}]}
+        text = json.dumps(document).encode()
+        storage.create("steps/preprocess/k/dataset.json", text)
+        artifact = {"file": "dataset.json", "sha256": hashlib.sha256(text).hexdigest()}
+        return {"step": "preprocess", "key": "k", "artifacts": {"dataset.json": artifact}}
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `raydiffusion` in a process of its own and returns what it printed."""
@@ -148,8 +176,65 @@ def kill_cli_at() -> Callable[..., list[str]]:
     return run
 
 
+class ObjectStore:
+    """A real S3 protocol server that remembers its requests and can be told to fail some."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str]] = []  # (method, path)
+        self.fails: Callable[[str, str], bool] = lambda method, path: False
+        self._backend = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self._application, threaded=True)
+        self.filesystem: Any = None
+
+    def _application(self, environ: dict[str, Any], start_response: Any) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests.append((method, path))
+        if self.fails(method, path):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("507 Insufficient Storage", [("Content-Length", "0")])
+            return []
+        return self._backend(environ, start_response)
+
+    def read(self) -> list[str]:
+        """The paths of the objects whose content was read."""
+        return [path for method, path in self.requests if method == "GET" and path.count("/") > 1]
+
+
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def _object_store() -> Iterator[ObjectStore]:
+    """The one S3 server of a test run; every process finds it by its environment."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    store = ObjectStore()
+    thread = threading.Thread(target=store.server.serve_forever)
+    thread.start()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.server.server_port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ.update(environment)
+    store.filesystem = s3fs.S3FileSystem()
+    yield store
+    store.server.shutdown()
+    thread.join()
+    store.server.server_close()
+    for name in environment:
+        del os.environ[name]
+
+
+@pytest.fixture
+def object_store(_object_store: ObjectStore) -> Iterator[tuple[ObjectStore, str]]:
+    """The S3 server and the name of a fresh bucket on it."""
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    _object_store.filesystem.mkdir(bucket)
+    _object_store.requests.clear()
+    yield _object_store, bucket
+    _object_store.fails = lambda method, path: False
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(_object_store: ObjectStore) -> Iterator[str]:
     """The one Ray cluster of a test run, two CPUs, in a process of its own; its address."""
     # A token of its own: nothing in the home directory is read or written, and the processes that
     # tests start have it from the environment.

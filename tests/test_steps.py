@@ -6,6 +6,7 @@ that is meant gets a higher version and a new value; one that is not meant is a 
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +15,47 @@ import pytest
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
+from pipeline.convert import preprocess_shard
 from pipeline.evaluate import _sample
 from pipeline.features import Classifier
 from pipeline.loader import sample_ids
 from pipeline.models import make_unet
-from pipeline.preprocess import SHARD_VERSION, preprocess_shard
-from pipeline.shards import ImageRow, write_arrow
-from pipeline.sources import InputShard
+from pipeline.sources import list_inputs
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
+from pipeline.units import UNIT_VERSION
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
 
 def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
     steps = make_steps(load_config(tiny_config), [])
-    assert SHARD_VERSION == 1
+    assert UNIT_VERSION == 2
     assert {step.name: step.version for step in steps} == {
-        "preprocess": 1,
+        "preprocess": 2,
         "features": 1,
         "reference": 1,
         "train": 2,
-        "evaluate": 2,
+        "evaluate": 3,
         "promote": 1,
         "report": 1,
     }
 
 
 def test_preprocess(tiny_config: Path, tmp_path: Path) -> None:
-    path = DIGITS / "digits-0000.tar"
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    shard = InputShard("digits-0000.tar", str(path), sha256, path.stat().st_size)
     config = load_config(tiny_config)
-    manifest = preprocess_shard(shard, config.data, LocalStorage(str(tmp_path)), "u")
-    found = {name: split["sha256"][:16] for name, split in manifest["splits"].items()}
-    assert found == GOLDEN_SHARD
+    storage = LocalStorage(str(tmp_path))
+    manifest = preprocess_shard(list_inputs(config.data, storage).shards[0], config.data, storage)
+    assert {file["split"]: file["sha256"][:16] for file in manifest["files"]} == GOLDEN_SHARD
 
 
-def test_train_and_evaluate(tiny_config: Path, tmp_path: Path) -> None:
+def test_train_and_evaluate(
+    tiny_config: Path, tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]
+) -> None:
     rng = np.random.default_rng(0)
-    rows = [ImageRow(rng.integers(0, 256, (1, 8, 8), np.uint8), None, str(k)) for k in range(64)]
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "train.arrow").write_bytes(write_arrow(rows, (1, 8, 8)))
-    splits = {"train": {"count": 64, "sha256": ""}}
-    data: dict[str, Any] = {"metrics": {"shards": [{"directory": "d", "splits": splits}]}}
+    pixels = np.stack([rng.integers(0, 256, (1, 8, 8), np.uint8) for _ in range(64)])
+    data = write_data_set(LocalStorage(str(tmp_path)), pixels)
     config = load_config(tiny_config, ["train.num_steps=10", "train.checkpoint_every=5"])
     storage = LocalStorage(str(tmp_path))
     train_in_process(config, storage, "t", data)

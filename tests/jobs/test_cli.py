@@ -49,7 +49,7 @@ def test_no_shards_at_the_path(tiny_config: Path, run_cli: RunCli) -> None:
     done = run_cli(
         "run", str(tiny_config), "--set", 'data.sources=["no/*.tar"]', cwd=tiny_config.parent
     )
-    assert_refused(done, 3, "There are no shards at", "no/*.tar", "Check data.sources")
+    assert_refused(done, 3, "There are no images at", "no/*.tar", "Check data.sources")
     assert not (tiny_config.parent / "runs").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.settings import Config
-from pipeline.shards import ImageRow, write_arrow
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process, train_rank
 
@@ -21,14 +21,10 @@ STEPS = 24
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> dict[str, Any]:
+def data(tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The manifest of a data set of 50 random images in the storage root `tmp_path`."""
-    rng = np.random.default_rng(0)
-    rows = [ImageRow(rng.integers(0, 256, (1, 8, 8), np.uint8), None, str(k)) for k in range(50)]
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "train.arrow").write_bytes(write_arrow(rows, (1, 8, 8)))
-    splits = {"train": {"count": 50, "sha256": ""}}
-    return {"metrics": {"shards": [{"input": "x", "directory": "d", "splits": splits}]}}
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), np.uint8)
+    return write_data_set(LocalStorage(str(tmp_path)), pixels)
 
 
 @pytest.fixture

@@ -1,97 +1,198 @@
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline import sources
 from pipeline.config import load_config
 from pipeline.errors import DataError
-from pipeline.sources import list_input_shards
+from pipeline.settings import DataConfig
+from pipeline.sources import FILES_PER_BUCKET, Inputs, list_inputs
 from pipeline.storage import LocalStorage
-
-MakeTar = Callable[..., Path]
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> LocalStorage:
-    return LocalStorage(str(tmp_path / "root"))
+def inputs_of(tmp_path: Path) -> Callable[..., Inputs]:
+    """Lists what sources below `tmp_path` hold."""
+
+    def run(*sources: str, **settings: object) -> Inputs:
+        paths = tuple(s if "://" in s else str(tmp_path / s) for s in sources)
+        kind = {} if "sequence_shape" in settings else {"resolution": 8}
+        data = DataConfig.model_validate({"sources": paths, **kind, **settings})
+        return list_inputs(data, LocalStorage(str(tmp_path / "root")))
+
+    return run
+
+
+def write(path: Path, content: bytes = b"x") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def test_finds_shards_by_name_below_the_fixed_part(
-    tmp_path: Path, storage: LocalStorage, make_tar: MakeTar
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
 ) -> None:
-    (tmp_path / "deep").mkdir()
-    make_tar(tmp_path / "b.tar", [("1.txt", b"b")])
-    make_tar(tmp_path / "deep" / "a.tar", [("1.txt", b"a")])
-    found = list_input_shards([f"{tmp_path}/**/*.tar"], storage)
-    assert [shard.name for shard in found] == ["b.tar", "deep/a.tar"]
-    assert len({shard.sha256 for shard in found}) == 2
+    write(tmp_path / "b.tar", b"b")
+    write(tmp_path / "deep" / "a.tar", b"a")
+    shards = inputs_of("**/*.tar").shards
+    assert [shard.name for shard in shards] == ["b.tar", "deep/a.tar"]
+    assert len({shard.sha256 for shard in shards}) == 2
 
 
-def test_hashes_only_what_changed(
-    tmp_path: Path, storage: LocalStorage, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch
+def test_a_directory_gives_all_its_formats(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
 ) -> None:
-    hashed: list[str] = []
-    real = sources._hash_and_check
-
-    def count(uri: str, size: int) -> str:
-        hashed.append(Path(uri).name)
-        return real(uri, size)
-
-    monkeypatch.setattr(sources, "_hash_and_check", count)
-    for name in ("a", "b"):
-        make_tar(tmp_path / f"{name}.tar", [("1.txt", name.encode())])
-    first = list_input_shards([f"{tmp_path}/*.tar"], storage)
-    assert list_input_shards([f"{tmp_path}/*.tar"], storage) == first
-    assert hashed == ["a.tar", "b.tar"]
-    # The same name, size and modification time, other content.
-    stat = (tmp_path / "a.tar").stat()
-    make_tar(tmp_path / "a.tar", [("1.txt", b"z")])
-    os.utime(tmp_path / "a.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    again = list_input_shards([f"{tmp_path}/*.tar"], storage)
-    assert hashed == ["a.tar", "b.tar", "a.tar"]
-    assert again[0].sha256 != first[0].sha256
-    assert again[1] == first[1]
+    for name in ("1.tar", "2.tar.gz", "3.tgz", "4.zip", "5.parquet", "train-images-idx3-ubyte.gz"):
+        write(tmp_path / "in" / name)
+    write(tmp_path / "in" / "train-labels-idx1-ubyte.gz")
+    write(tmp_path / "in" / "cats" / "1.JPG")
+    for name in ("notes.txt", "cats/2.heic", ".DS_Store", "__MACOSX/._1.jpg"):
+        write(tmp_path / "in" / name)
+    found = inputs_of("in")
+    assert {shard.name: shard.format for shard in found.shards} == {
+        "1.tar": "tar", "2.tar.gz": "tar", "3.tgz": "tar", "4.zip": "zip", "5.parquet": "parquet",
+        "train-images-idx3-ubyte.gz": "idx", "files-0000-of-0001": "files",
+    }  # fmt: skip
+    idx = next(shard for shard in found.shards if shard.format == "idx")
+    assert [file.name for file in idx.files] == [
+        "train-images-idx3-ubyte.gz",
+        "train-labels-idx1-ubyte.gz",
+    ]
+    assert found.ignored == ["cats/2.heic", "notes.txt"]
 
 
-def test_no_shards_at_the_path(tmp_path: Path, storage: LocalStorage) -> None:
-    for pattern in ("none.tar", "*.tar"):
-        with pytest.raises(DataError, match=r"There are no shards at .*\. Check data\.sources"):
-            list_input_shards([str(tmp_path / pattern)], storage)
-
-
-def test_empty_and_broken_shards(tmp_path: Path, storage: LocalStorage, make_tar: MakeTar) -> None:
-    (tmp_path / "zero.tar").write_bytes(b"")
-    (tmp_path / "noise.tar").write_bytes(b"x" * 2000)
-    make_tar(tmp_path / "hollow.tar", [])
-    for name, message in (
-        ("zero", r"is empty \(0 bytes\)"),
-        ("noise", "is no readable tar file"),
-        ("hollow", "holds no files"),
-    ):
-        with pytest.raises(DataError, match=message):
-            list_input_shards([str(tmp_path / f"{name}.tar")], storage)
-
-
-def test_a_directory_with_the_signs_of_a_glob(
-    tmp_path: Path, storage: LocalStorage, make_tar: MakeTar
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"),
+        ("t10k-images.idx3-ubyte.gz", "t10k-labels.idx1-ubyte"),
+        ("train-images-idx4-ubyte", "train-labels-idx1-ubyte"),
+    ],
+)
+def test_the_labels_of_an_idx_file_are_found_beside_it(
+    tmp_path: Path, inputs_of: Callable[..., Inputs], images: str, labels: str
 ) -> None:
+    write(tmp_path / images)
+    write(tmp_path / labels, b"one")
+    (shard,) = inputs_of("*ubyte*").shards
+    assert [file.name for file in shard.files] == [images, labels]
+    before = shard.sha256
+    write(tmp_path / labels, b"two")
+    assert inputs_of("*ubyte*").shards[0].sha256 != before
+
+
+def test_an_idx_file_named_alone_brings_its_labels(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "images-idx3-ubyte.gz")
+    write(tmp_path / "labels-idx1-ubyte.gz")
+    (shard,) = inputs_of("images-idx3-ubyte.gz").shards
+    assert len(shard.files) == 2
+
+
+def test_sequences_take_arrays_and_images_do_not(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "many.npy", bytes(100_000))
+    write(tmp_path / "one.npy", bytes(200))
+    for name in ("more.npz", "rows.parquet", "photo.png"):
+        write(tmp_path / name)
+    found = inputs_of("*.*", sequence_shape=(2, 16))
+    assert {shard.name: shard.format for shard in found.shards} == {
+        "files-0000-of-0001": "files", "many.npy": "npy", "more.npz": "npz",
+        "rows.parquet": "parquet",
+    }  # fmt: skip
+    assert found.ignored == ["photo.png"]
+    assert {s.format for s in inputs_of("*.*").shards} == {"files", "parquet"}
+
+
+def test_a_new_file_changes_one_bucket(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:
+    for k in range(FILES_PER_BUCKET * 3):
+        write(tmp_path / "in" / f"{k:05d}.png", str(k).encode())
+    before = {shard.name: shard.sha256 for shard in inputs_of("in").shards}
+    assert len(before) == 4
+    write(tmp_path / "in" / "new.png")
+    after = {shard.name: shard.sha256 for shard in inputs_of("in").shards}
+    assert before.keys() == after.keys()
+    assert sum(before[name] != after[name] for name in before) == 1
+
+
+def test_a_renamed_loose_file_is_noticed(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:
+    path = write(tmp_path / "in" / "cats" / "1.png")
+    (before,) = inputs_of("in").shards
+    (tmp_path / "in" / "dogs").mkdir()
+    path.rename(tmp_path / "in" / "dogs" / "1.png")
+    (after,) = inputs_of("in").shards
+    assert before.sha256 != after.sha256
+
+
+def test_nothing_at_the_path(inputs_of: Callable[..., Inputs]) -> None:
+    for pattern in ("none.tar", "*.tar", "nowhere/"):
+        with pytest.raises(DataError, match=r"There are no images at .*\. Check data\.sources"):
+            inputs_of(pattern)
+
+
+def test_a_directory_without_images_is_nothing(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "in" / "notes.txt")
+    with pytest.raises(DataError, match="There are no images at"):
+        inputs_of("in")
+
+
+def test_files_that_are_all_empty(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:
+    write(tmp_path / "1.tar", b"")
+    with pytest.raises(DataError, match=r"1\.tar is empty \(0 bytes\)"):
+        inputs_of("*.tar")
+    write(tmp_path / "2.tar", b"x")
+    assert len(inputs_of("*.tar").shards) == 2
+
+
+def test_a_named_file_must_tell_what_it_is(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "part-0000")
+    with pytest.raises(DataError, match="does not tell by its name what it is"):
+        inputs_of("part-0000")
+
+
+def test_a_directory_with_the_signs_of_a_glob(tmp_path: Path) -> None:
     home = tmp_path / "[a]" / "b*"
-    home.mkdir(parents=True)
-    make_tar(home / "1.tar", [("1.txt", b"")])
+    write(home / "1.tar")
+    write(home / "in" / "2.png")
     (home / "c.toml").write_text(
-        'name = "x"\n[data]\nsources = ["*.tar", "1.tar"]\nresolution = 8\n'
+        'name = "x"\n[data]\nsources = ["*.tar", "1.tar", "in"]\nresolution = 8\n'
     )
-    config = load_config(home / "c.toml")
-    assert [s.name for s in list_input_shards(config.data.sources, storage)] == ["1.tar"]
+    data = load_config(home / "c.toml").data
+    found = list_inputs(data, LocalStorage(str(tmp_path / "root")))
+    assert [shard.name for shard in found.shards] == ["1.tar", "files-0000-of-0001"]
+    assert [file.name for file in found.shards[1].files] == ["2.png"]
 
 
-def test_two_shards_of_one_name_are_refused(
-    tmp_path: Path, storage: LocalStorage, make_tar: MakeTar
+def test_shards_of_one_name_in_two_sources_are_told_apart(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
 ) -> None:
-    for name in ("x", "y"):
-        (tmp_path / name).mkdir()
-        make_tar(tmp_path / name / "a.tar", [("1.txt", b"")])
-    with pytest.raises(DataError, match=r"Two shards are called a\.tar"):
-        list_input_shards([f"{tmp_path}/x/a.tar", f"{tmp_path}/y/a.tar"], storage)
+    write(tmp_path / "x" / "a.tar", b"x")
+    write(tmp_path / "y" / "a.tar", b"y")
+    whole = str(tmp_path / "y" / "a.tar").lstrip("/")
+    assert {shard.name for shard in inputs_of("x/*.tar", "y/*.tar").shards} == {"a.tar", whole}
+
+
+def test_a_file_that_two_sources_match_is_one(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "a.tar")
+    assert len(inputs_of("*.tar", "a.tar", ".").shards) == 1
+
+
+def test_any_fsspec_uri(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:
+    write(tmp_path / "in" / "a.tar", b"a")
+    write(tmp_path / "in" / "deep" / "b.tar", b"b")
+    write(tmp_path / "in" / "cats" / "1.png")
+    local = {s.name: s.sha256 for s in inputs_of("in").shards}
+    uri = f"file://{tmp_path}/in"
+    for pattern in (uri, f"{uri}/**"):
+        assert {s.name: s.sha256 for s in inputs_of(pattern).shards} == local
+    assert [s.name for s in inputs_of(f"{uri}/*.tar").shards] == ["a.tar"]
+    with pytest.raises(DataError, match="There are no images at"):
+        inputs_of(f"{uri}/none.tar")

@@ -2,25 +2,13 @@ import hashlib
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import Storage, check_writable, open_storage
-
-
-@pytest.fixture(scope="module")
-def moto_server() -> Iterator[str]:
-    """A server of the S3 protocol with one bucket, `bucket`; its endpoint."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -30,18 +18,9 @@ def make_storage(
     """Opens the same root again and again: on disk, and on an S3 server."""
     if request.param == "local":
         return lambda: open_storage(str(tmp_path / "root"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("moto_server"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("HOME", str(tmp_path))
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    filesystem = s3fs.S3FileSystem()
-    if not filesystem.exists("bucket"):
-        filesystem.mkdir("bucket")
-    return lambda: open_storage(f"s3://bucket/{tmp_path.name}")
+    _, bucket = request.getfixturevalue("object_store")
+    return lambda: open_storage(f"s3://{bucket}/root")
 
 
 def test_create_is_exclusive_and_replace_is_not(make_storage: Callable[[], Storage]) -> None:

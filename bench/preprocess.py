@@ -1,0 +1,237 @@
+"""Preprocessing and reading: throughput against a bare loop, memory, and shuffled batches.
+
+    python bench/preprocess.py [--images 20000] [--output bench/results/preprocess.json]
+
+- `decode_ratio`: images a second of the step `preprocess` on a local Ray with warm workers, from
+  the first shard submitted to the last one done, over cores x the rate of a bare loop in one
+  process that decodes and resizes the same JPEGs (256x256 to 64x64) from memory. The loop uses
+  the fastest decoder that Pillow offers: libjpeg-turbo with a DCT-scaled draft, when that is
+  faster than the full decode. It runs before and after; the faster counts.
+- `memory_growth`: the largest ratio, over the driver, Ray's daemons, the workers and the object
+  store, of peak memory with 20,000 images to that with 2,000; `one_shard` likewise where all
+  images are in one tar file.
+- `read_images_per_s`: shuffled batches of 256 from 1,000 memory-mapped shards of 1x32x32 images,
+  one thread; `open_s` is how long opening those shards takes.
+
+The last line is one JSON object. What it does not show: networks and object stores, other image
+sizes, machines with more cores. Images are generated: power-law noise, as photographs have.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import hardware, largest, measure, versions
+from PIL import Image
+
+from pipeline.config import load_config
+from pipeline.driver import run_config
+from pipeline.images import decode_image
+from pipeline.settings import Config, DataConfig
+from pipeline.shards import ArrowFile, ArrowItems, write_arrow
+from pipeline.workflow import Event
+
+SIDE, RESOLUTION = 256, 64
+NUM_BASES = 64  # images made from noise; the others are shifted copies of them
+IMAGES_PER_SHARD = 200
+NUM_READ_SHARDS, ITEMS_PER_READ_SHARD, BATCH = 1000, 60, 256
+LOOP_IMAGES = 2000  # of the bare loop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        here = Path(directory)
+        jpegs = make_jpegs(options.images)
+        write_shards(here / "many", jpegs, IMAGES_PER_SHARD)
+        write_shards(here / "few", jpegs[: len(jpegs) // 10], IMAGES_PER_SHARD)
+        write_shards(here / "one_many", jpegs, len(jpegs))
+        write_shards(here / "one_few", jpegs[: len(jpegs) // 10], len(jpegs))
+        document = {
+            **measure_throughput(here, jpegs),
+            **measure_memory(here),
+            **measure_reading(here),
+            "images": len(jpegs),
+            "jpeg_bytes_mean": round(sum(map(len, jpegs)) / len(jpegs)),
+            "hardware": hardware(),
+            "versions": versions("pillow", "pyarrow", "ray", "numpy"),
+        }
+    if options.output is not None:
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+def make_jpegs(count: int) -> list[bytes]:
+    """Encoded colour images with the spectrum of photographs, no two alike."""
+    rng = np.random.default_rng(0)
+    fy, fx = np.meshgrid(np.fft.fftfreq(SIDE), np.fft.rfftfreq(SIDE), indexing="ij")
+    spectrum = 1 / np.maximum(np.hypot(fy, fx), 1 / SIDE)
+    bases = []
+    for _ in range(NUM_BASES):
+        noise = rng.normal(size=(3, SIDE, SIDE))
+        waves = np.fft.irfft2(np.fft.rfft2(noise) * spectrum, s=(SIDE, SIDE))
+        waves = 0.7 * waves[:1] + 0.3 * waves  # colours go together
+        waves = 128 + 48 * (waves - waves.mean()) / waves.std()
+        bases.append(waves.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    jpegs = []
+    for k in range(count):
+        shifted = np.roll(bases[k % NUM_BASES], rng.integers(0, SIDE, 2).tolist(), (0, 1))
+        buffer = io.BytesIO()
+        Image.fromarray(shifted).save(buffer, "JPEG", quality=90)
+        jpegs.append(buffer.getvalue())
+    return jpegs
+
+
+def write_shards(directory: Path, jpegs: list[bytes], per_shard: int) -> None:
+    """Writes WebDataset shards with a class beside each image."""
+    directory.mkdir()
+    for start in range(0, len(jpegs), per_shard):
+        with tarfile.open(directory / f"{start:06d}.tar", "w") as tar:
+            for k, jpeg in enumerate(jpegs[start : start + per_shard], start):
+                for suffix, content in (("jpg", jpeg), ("cls", str(k % 10).encode())):
+                    entry = tarfile.TarInfo(f"{k:06d}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+
+
+def make_config(directory: Path, shards: str, **data: Any) -> Config:
+    """A config of these shards with a storage root of its own."""
+    path = directory / f"{shards}.toml"
+    path.write_text(
+        f'name = "bench"\n[storage]\nroot = "{directory}/root-{shards}"\n'
+        f'[data]\nsources = ["{shards}/*.tar"]\nresolution = {RESOLUTION}\n'
+    )
+    return load_config(path, [f"data.{key}={value}" for key, value in data.items()])
+
+
+def measure_throughput(directory: Path, jpegs: list[bytes]) -> dict[str, Any]:
+    """The step on a warm local Ray beside the bare loop."""
+    import ray
+
+    cores = len(os.sched_getaffinity(0))
+    before = loop_rates(jpegs)
+    ray.init(
+        num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    try:
+        step_rate(make_config(directory, "few"))  # starts and warms the workers
+        images, seconds = step_rate(make_config(directory, "many"))
+    finally:
+        ray.shutdown()
+    after = loop_rates(jpegs)
+    loops = {kind: max(before[kind], after[kind]) for kind in before}
+    bare = max(loops["bare_full"], loops["bare_draft"])
+    rate = images / seconds
+    return {
+        "decode_ratio": round(rate / (cores * bare), 3),
+        "step_images_per_s": round(rate),
+        "step_seconds": round(seconds, 2),
+        "loop_images_per_s": {kind: round(rate) for kind, rate in loops.items()},
+    }
+
+
+def step_rate(config: Config) -> tuple[int, float]:
+    """Images made and seconds taken, from the first shard submitted to the last one done."""
+    times: list[float] = []
+
+    def observe(event: Event) -> None:
+        if event.kind == "progress":
+            times.append(time.monotonic())
+
+    outcome = run_config(config, ("preprocess",), observer=observe)
+    counts = outcome.manifests["preprocess"]["metrics"]["counts"]
+    return sum(counts.values()), times[-1] - times[0]
+
+
+def loop_rates(jpegs: list[bytes]) -> dict[str, float]:
+    """Images a second of one process: Pillow alone, with and without draft, and our decoder."""
+    data = DataConfig(sources=("x",), resolution=RESOLUTION)
+    kinds = {
+        "bare_full": lambda content: bare_decode(content, draft=False),
+        "bare_draft": lambda content: bare_decode(content, draft=True),
+        "decode_image": lambda content: decode_image(content, data),
+    }
+    rates = {}
+    for name, decode in kinds.items():
+        chosen = jpegs[:LOOP_IMAGES]
+        started = time.monotonic()
+        for content in chosen:
+            decode(content)
+        rates[name] = len(chosen) / (time.monotonic() - started)
+    return rates
+
+
+def bare_decode(content: bytes, *, draft: bool) -> np.ndarray:
+    """The decode and resize that the config asks for, and nothing else."""
+    image = Image.open(io.BytesIO(content))
+    if draft:
+        image.draft("RGB", (2 * RESOLUTION, 2 * RESOLUTION))
+    image = image.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def measure_memory(directory: Path) -> dict[str, Any]:
+    """Peak memory of every kind of process with few and with many images."""
+    document: dict[str, Any] = {}
+    for prefix, key in (("", "memory_growth"), ("one_", "one_shard_memory_growth")):
+        peaks = {size: peak_memory(directory, f"{prefix}{size}") for size in ("few", "many")}
+        ratios = {kind: peaks["many"][kind] / max(peaks["few"][kind], 1) for kind in peaks["few"]}
+        document[key] = round(max(ratios.values()), 3)
+        document[f"{prefix}peak_mib"] = peaks
+    return document
+
+
+def peak_memory(directory: Path, shards: str) -> dict[str, float]:
+    """MiB of the driver, the largest worker, the largest daemon, and the object store."""
+    make_config(directory, shards)
+    program = str(Path(sys.executable).parent / "raydiffusion")
+    root = f"storage.root={directory}/memory-{shards}"
+    command = [program, "preprocess", f"{shards}.toml", "--json", "--set", root]
+    result = measure(command, str(directory))
+    peaks = {"driver": 0.0, "worker": 0.0, "daemon": 0.0}
+    for name, kib in result["peak_kib"].items():
+        kind = "worker" if name.startswith("ray::") else "daemon"
+        if name.startswith("memory-"):  # the last argument of the command, its root
+            kind = "driver"
+        peaks[kind] = max(peaks[kind], round(kib / 1024, 1))
+    print(shards, largest(result["peak_kib"]), file=sys.stderr)
+    return {**peaks, "object_store": round(result["object_store_bytes"] / 2**20, 1)}
+
+
+def measure_reading(directory: Path) -> dict[str, float]:
+    """Shuffled batches from many memory-mapped shards, and opening them."""
+    rng = np.random.default_rng(0)
+    files = []
+    for k in range(NUM_READ_SHARDS):
+        pixels = rng.integers(0, 256, (ITEMS_PER_READ_SHARD, 1, 32, 32), np.uint8)
+        names = [f"{k}.tar/{i}.png" for i in range(len(pixels))]
+        path = directory / f"{k}.arrow"
+        path.write_bytes(write_arrow(pixels, [i % 10 for i in range(len(pixels))], names))
+        files.append(ArrowFile(path))
+    started = time.monotonic()
+    items = ArrowItems(files)
+    open_s = time.monotonic() - started
+    order = rng.permutation(len(items))
+    rates = []
+    for _ in range(3):
+        started = time.monotonic()
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            items.gather(order[start : start + BATCH])
+        rates.append(len(order) / (time.monotonic() - started))
+    return {"read_images_per_s": round(float(np.median(rates))), "open_s": round(open_s, 3)}
+
+
+if __name__ == "__main__":
+    main()

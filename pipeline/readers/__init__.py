@@ -1,0 +1,1 @@
+"""Reading input shards: one module for each format, all yielding the same entries."""

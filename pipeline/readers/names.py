@@ -1,0 +1,79 @@
+"""Names of the members of archives: judged and shown, never used as a path."""
+
+import re
+import unicodedata
+
+from pipeline.sources import IMAGE_SUFFIXES
+from pipeline.readers.entries import Entry, Ignored, Refusal
+from pipeline.settings import DataConfig
+
+MAX_NAME_CHARACTERS = 4096  # the longest path of Linux; a tar header can hold megabytes
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def item_suffixes(data: DataConfig) -> tuple[str, ...]:
+    """How the names of images, or of sequences, end in an archive; in lower case."""
+    return (".npy",) if data.is_sequence else IMAGE_SUFFIXES
+
+
+def strip_here(name: str) -> str:
+    """The name without the "./" that some programs put before every one."""
+    while name.startswith("./"):
+        name = name[2:]
+    return name
+
+
+def fault_of_name(name: str) -> str | None:
+    """What makes a name unsafe to be a path, or None."""
+    if not name:
+        return "the name is empty"
+    if len(name) > MAX_NAME_CHARACTERS:
+        return f"the name has {len(name):,} characters, more than {MAX_NAME_CHARACTERS:,}"
+    if not name.isprintable() and any(unicodedata.category(c) == "Cc" for c in name):
+        return "the name has control characters"
+    if "\\" in name:
+        return "the name has a backslash"
+    if name.startswith("/") or _DRIVE.match(name):
+        return "the name is an absolute path"
+    if ".." in name.split("/"):
+        return "the name leaves its directory"
+    return None
+
+
+def judge_member(name: str, kind: str, suffixes: tuple[str, ...]) -> Entry | None:
+    """What becomes of a member by its name and kind alone; None: it is a file to look at.
+
+    Args:
+        name: as in the archive.
+        kind: "a file", or in words what it is instead.
+        suffixes: those of images, or of sequences.
+    """
+    fault = fault_of_name(name)
+    if fault is None and is_hidden(name):
+        return Ignored(show(name))
+    if fault is None and kind == "a file":
+        return None
+    if not name.lower().endswith(suffixes):
+        return Ignored(show(name))
+    if fault is not None:
+        return Refusal(show(name), "unsafe_name", fault)
+    return Refusal(show(name), "not_a_file", f"it is {kind}")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, as loose ones are: by a leading dot, or by macOS."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def show(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
+    """The text on one line: what is not printable is escaped, what is too long is cut."""
+    if len(text) > max_characters:
+        text = text[: max_characters - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def describe(error: BaseException) -> str:
+    """What a library says went wrong, on one short line."""
+    return show(" ".join(str(error).split()) or type(error).__name__, 200)

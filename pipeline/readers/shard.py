@@ -1,0 +1,46 @@
+"""A whole input shard, whatever its format, as entries."""
+
+from collections.abc import Iterator
+
+from pipeline.identities import open_once, open_seekable
+from pipeline.readers.arrays import iter_npy, iter_npz
+from pipeline.readers.entries import Entry
+from pipeline.readers.files import iter_files
+from pipeline.readers.idx import iter_idx
+from pipeline.readers.parquet import iter_parquet
+from pipeline.readers.tar import iter_tar
+from pipeline.readers.zip import iter_zip
+from pipeline.settings import DataConfig
+from pipeline.sources import InputShard
+
+
+def iter_entries(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
+    """Yields what is in a shard, always in the same order.
+
+    Args:
+        shard: whose content must be that of its hash.
+        data: which columns and fields to read.
+
+    Raises:
+        DataError: a file cannot be read, changed since the plan, or lacks a column that the config
+            names.
+    """
+    first = shard.files[0]
+    match shard.format:
+        case "files":
+            yield from iter_files(shard, data)
+        case "tar":
+            with open_once(first.uri, first.sha256) as file:
+                yield from iter_tar(file, data)
+        case "idx":
+            with open_once(first.uri, first.sha256) as images:
+                if len(shard.files) == 1:
+                    yield from iter_idx(images, None, data)
+                    return
+                second = shard.files[1]
+                with open_once(second.uri, second.sha256) as labels:
+                    yield from iter_idx(images, labels, data)
+        case _:
+            read = {"zip": iter_zip, "parquet": iter_parquet, "npy": iter_npy, "npz": iter_npz}
+            with open_seekable(first.uri, first.sha256) as file:
+                yield from read[shard.format](file, data)

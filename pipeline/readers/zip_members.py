@@ -1,0 +1,139 @@
+"""The members of a zip file, read one at a time by `zipfile`, whose faults become refusals.
+
+`zip.py` and `arrays.py` (npz) share it.
+"""
+
+import itertools
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from pipeline.readers.entries import MAX_FILE_BYTES, Reason, Refused
+from pipeline.readers.names import describe, strip_here
+from pipeline.readers.streams import SeekableInput
+
+MAX_DIRECTORY_BYTES = 1 << 27  # a million members or more; zipfile holds them in memory
+READ_BYTES = {  # at a time, by the methods that are read; zipfile does not bound bzip2's output
+    zipfile.ZIP_STORED: 1 << 18,
+    zipfile.ZIP_DEFLATED: 1 << 18,
+    zipfile.ZIP_BZIP2: 1 << 12,
+}
+_LOCAL_HEADER_BYTES = 30
+_LOCAL_HEADER = b"PK\x03\x04"
+_FAULTS = (  # what zipfile raises at damaged and unusual archives
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    OSError,
+    struct.error,
+    zlib.error,
+)
+
+
+class ZipInput:
+    """A zip file. `members` are in the order of the central directory.
+
+    Args:
+        file: can be read at random.
+
+    Raises:
+        Refused: it is empty or no zip file.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._source = SeekableInput(file, max_read_bytes=MAX_DIRECTORY_BYTES)
+        if not self._source.num_bytes:
+            raise Refused("empty", "the file is empty")
+        with self._faults("unreadable_shard"):
+            self._archive = zipfile.ZipFile(self._source)
+        self.members = self._archive.filelist
+        by_place = sorted(self.members, key=lambda info: info.header_offset)
+        self._overlapping = {
+            info
+            for info, after in itertools.pairwise(by_place)
+            if info.header_offset + _LOCAL_HEADER_BYTES + info.compress_size > after.header_offset
+        }
+        self._start = by_place[0].header_offset if by_place else self._source.num_bytes
+
+    @property
+    def has_more_before(self) -> bool:
+        """Whether members lie before the first one that the directory lists."""
+        self._source.seek(0)
+        return self._start > 0 and self._source.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
+
+    def read(self, info: zipfile.ZipInfo) -> bytes:
+        """The content of a member.
+
+        Raises:
+            Refused: it is too large, damaged, encrypted or in an unknown format.
+        """
+        if info.file_size > MAX_FILE_BYTES:
+            detail = f"{info.file_size:,} bytes are more than {MAX_FILE_BYTES:,}"
+            raise Refused("too_large", detail)
+        return b"".join(self.iter_blocks(info))
+
+    def iter_blocks(self, info: zipfile.ZipInfo) -> Iterator[bytes]:
+        """Yields the content of a member, whatever its size; at the end its checksum is checked.
+
+        Raises:
+            Refused: it is damaged, encrypted or in an unknown format.
+        """
+        if info.flag_bits & 1:
+            raise Refused("undecodable", "it is encrypted")
+        if info.compress_type not in READ_BYTES:
+            detail = f"the compression method {info.compress_type} of zip is not read"
+            raise Refused("undecodable", detail)
+        if info in self._overlapping:
+            raise Refused("undecodable", "it overlaps another member")
+        if not 0 <= info.header_offset < self._source.num_bytes:
+            raise Refused("undecodable", "it lies outside of the archive")
+        count = 0
+        with self._faults("undecodable"):
+            member = self._archive.open(info)
+        with member:
+            while True:
+                with self._faults("undecodable"):
+                    block = member.read(READ_BYTES[info.compress_type])
+                if not block:
+                    break
+                count += len(block)
+                yield block
+        if count < info.file_size:
+            raise Refused("truncated", f"it has {count:,} of {info.file_size:,} bytes")
+
+    @contextmanager
+    def _faults(self, reason: Reason) -> Iterator[None]:
+        try:
+            yield
+        except EOFError as error:
+            self._source.raise_fault()
+            raise Refused("truncated", "the archive ends inside it") from error
+        except _FAULTS as error:
+            self._source.raise_fault()
+            raise Refused(reason, describe(error)) from error
+
+
+def name_of(info: zipfile.ZipInfo) -> str:
+    """The name of a member; zipfile hides what follows a NUL in it."""
+    hides = "\0" in info.orig_filename
+    return strip_here(info.orig_filename if hides else info.filename)
+
+
+def kind_of(info: zipfile.ZipInfo) -> str:
+    """What a member is: "a file", or in words what else."""
+    if info.filename.endswith("/"):
+        return "a directory"
+    kind = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0  # 3: Unix
+    if kind in (0, stat.S_IFREG):
+        return "a file"
+    if kind == stat.S_IFDIR:
+        return "a directory"
+    return "a symbolic link" if kind == stat.S_IFLNK else "a device"

@@ -1,0 +1,73 @@
+"""The unit of preprocessing: one input shard's result, found again by its key.
+
+A unit's result `steps/shard/<key>/` holds Arrow files for each split, an index with a row for
+each item, and a manifest, written last. It is keyed by the shard's content and the transform, so
+that an unchanged shard is never read again. Making one is in `convert.py`, adding them up in
+`dataset.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.settings import DataConfig
+from pipeline.sources import InputShard
+from pipeline.storage import Storage
+from pipeline.workflow import hash_json
+
+SPLITS = ("train", "validation", "test")
+UNIT_VERSION = 2  # raise when the same shard and transform make other bytes
+STORAGE_THREADS = 16  # object stores answer many small questions at once
+# What is decided over all units together, not in each.
+_NOT_OF_A_UNIT = {"sources", "max_bad_fraction", "drop_duplicates"}
+
+
+def unit_key(shard: InputShard, data: DataConfig) -> str:
+    """The key of one input shard's result."""
+    transform = data.model_dump(mode="json", exclude=_NOT_OF_A_UNIT)
+    return hash_json([UNIT_VERSION, shard.name, shard.sha256 or "unread", transform])
+
+
+def unit_directory(shard: InputShard, data: DataConfig) -> str:
+    """Where a unit's result is, below the storage root."""
+    return f"steps/shard/{unit_key(shard, data)}"
+
+
+def missing_units(
+    shards: Sequence[InputShard], data: DataConfig, storage: Storage
+) -> list[InputShard]:
+    """The shards whose result is not there."""
+
+    def is_done(shard: InputShard) -> bool:
+        return shard.sha256 is not None and storage.exists(
+            f"{unit_directory(shard, data)}/manifest.json"
+        )
+
+    with ThreadPoolExecutor(STORAGE_THREADS) as pool:
+        done = list(pool.map(is_done, shards))
+    return [shard for shard, is_there in zip(shards, done, strict=True) if not is_there]
+
+
+def read_units(
+    storage: Storage, shards: Sequence[InputShard], data: DataConfig
+) -> list[dict[str, Any]]:
+    """The manifests of finished units, in the order of the shards.
+
+    Raises:
+        StorageError: one is not to be seen here.
+    """
+
+    def read(shard: InputShard) -> dict[str, Any]:
+        directory = unit_directory(shard, data)
+        try:
+            return json.loads(storage.read(f"{directory}/manifest.json"))
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{storage.uri}/{directory} was written on another node and is not to be seen "
+                "here. Set storage.root to a place that every node of the cluster shares."
+            ) from error
+
+    with ThreadPoolExecutor(STORAGE_THREADS) as pool:
+        return list(pool.map(read, shards))

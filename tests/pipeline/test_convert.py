@@ -1,0 +1,306 @@
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.convert import preprocess_shard
+from pipeline.errors import DataError
+from pipeline.settings import DataConfig
+from pipeline.sources import InputFile, InputShard, list_inputs
+from pipeline.storage import LocalStorage
+from pipeline.units import SPLITS, missing_units, unit_directory, unit_key
+
+Members = list[tuple[str, bytes]]
+DATA = DataConfig(
+    sources=("x",), resolution=8, mode="L", validation_fraction=0.2, test_fraction=0.2
+)
+
+
+class Result:
+    """A unit as it lies on disk."""
+
+    def __init__(self, root: Path, directory: str, manifest: dict[str, Any]) -> None:
+        self.directory, self.manifest = root / directory, manifest
+
+    def tables(self) -> dict[str, list[pa.Table]]:
+        """Through plain pyarrow."""
+        found: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+        for file in self.manifest["files"]:
+            table = pa.ipc.open_file(str(self.directory / file["file"])).read_all()
+            assert table.num_rows == file["count"]
+            found[file["split"]].append(table)
+        return found
+
+    def rows(self) -> dict[str, tuple[np.ndarray, Any]]:
+        """(item, label) by source."""
+        return {
+            table["source"][row].as_py(): (
+                table.column(0).chunk(0).to_numpy_ndarray()[row],
+                table["label"][row].as_py(),
+            )
+            for tables in self.tables().values()
+            for table in tables
+            for row in range(table.num_rows)
+        }
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file but the manifest."""
+        paths = [p for p in self.directory.iterdir() if p.name != "manifest.json"]
+        return {path.name: path.read_bytes() for path in paths}
+
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        return [(item["source"], item["reason"]) for item in self.manifest["refused"]]
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> Callable[..., Result]:
+    """Converts the only shard of a source into a root of its own."""
+    roots = iter(range(100))
+
+    def run(source: Path, threads: int = 1, **settings: Any) -> Result:
+        data = DATA.model_copy(update={"sources": (str(source),), **settings})
+        storage = LocalStorage(str(tmp_path / f"root-{next(roots)}"))
+        (shard,) = list_inputs(data, storage).shards
+        manifest = preprocess_shard(shard, data, storage, threads)
+        return Result(Path(storage.uri), unit_directory(shard, data), manifest)
+
+    return run
+
+
+@pytest.fixture
+def convert_tar(
+    tmp_path: Path, make_tar: Callable[..., Path], convert: Callable[..., Result]
+) -> Callable[..., Result]:
+    """Converts a tar shard with these members."""
+
+    def run(members: Members, **options: Any) -> Result:
+        return convert(make_tar(tmp_path / "s.tar", members), **options)
+
+    return run
+
+
+def test_every_image_arrives_once_with_its_label(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    members: Members = []
+    for k in range(40):
+        members += [(f"{k:03d}.png", make_png(k)), (f"{k:03d}.cls", str(k % 3).encode())]
+    result = convert_tar(members)
+    rows = result.rows()
+    assert sorted(rows) == [f"s.tar/{k:03d}.png" for k in range(40)]
+    for k in range(40):
+        pixels, label = rows[f"s.tar/{k:03d}.png"]
+        expected = np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8)
+        assert np.array_equal(pixels[0], expected)
+        assert label == k % 3
+    counts = [result.manifest["splits"][split]["count"] for split in SPLITS]
+    assert sum(counts) == 40
+    assert min(counts) > 0
+
+
+def test_the_layout_is_what_the_docs_say(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    result = convert_tar([("a.png", make_png(1)), ("a.cls", b"5")], mode="RGB")
+    (table,) = (table for tables in result.tables().values() for table in tables)
+    assert table.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), [3, 8, 8])
+    assert table.schema.field("label").type == pa.int64()
+    assert table["source"].to_pylist() == ["s.tar/a.png"]
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_same_input_gives_the_same_bytes_on_any_number_of_threads(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes], threads: int
+) -> None:
+    members = [(f"{k}.png", make_png(k) if k % 7 else b"broken") for k in range(60)]
+    one, many = convert_tar(members), convert_tar(members, threads=threads)
+    assert one.contents() == many.contents()
+    assert one.manifest == many.manifest
+
+
+def test_an_image_keeps_its_split_whatever_is_around_it(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    def splits(members: Members) -> dict[str, str]:
+        return {
+            source: split
+            for split, tables in convert_tar(members).tables().items()
+            for table in tables
+            for source in table["source"].to_pylist()
+        }
+
+    few = splits([(f"{k}.png", make_png(k)) for k in range(10)])
+    many = splits([(f"{k}.png", make_png(k)) for k in range(30)])
+    assert few == {source: many[source] for source in few}
+
+
+def test_an_input_shard_is_split_at_the_target_size(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    members = [(f"{k:03d}.png", make_png(k, (64, 64, 3))) for k in range(25)]
+    settings = {"mode": "RGB", "resolution": 64, "shard_bytes": 1 << 16}
+    nothing_held_out = {"validation_fraction": 0.0, "test_fraction": 0.0}
+    result = convert_tar(members, **settings, **nothing_held_out)
+    assert [file["count"] for file in result.manifest["files"]] == [5] * 5
+    assert all(file["bytes"] < (1 << 16) + 4096 for file in result.manifest["files"])
+    order = [s for table in result.tables()["train"] for s in table["source"].to_pylist()]
+    assert order == [f"s.tar/{k:03d}.png" for k in range(25)]
+
+
+def test_class_names_are_kept_as_names(
+    tmp_path: Path, convert: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    for k, name in enumerate(("cats", "dogs", "cats")):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name / f"{k}.png").write_bytes(make_png(k))
+    result = convert(tmp_path / "in", validation_fraction=0.0, test_fraction=0.0)
+    ((table,),) = (tables for tables in result.tables().values() if tables)
+    assert table["label"].chunk(0).dictionary.to_pylist() == ["cats", "dogs"]
+    labels = {source: label for source, (_, label) in result.rows().items()}
+    assert labels == {"cats/0.png": "cats", "dogs/1.png": "dogs", "cats/2.png": "cats"}
+
+
+def test_bad_images_are_listed_not_dropped(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    good = make_png(1)
+    result = convert_tar(
+        [("0.png", good), ("1.png", b""), ("2.png", good[: len(good) // 2]), ("3.jpg", b"no")]
+    )
+    assert len(result.rows()) == 1
+    assert result.refused == [
+        ("s.tar/1.png", "empty"),
+        ("s.tar/2.png", "truncated"),
+        ("s.tar/3.jpg", "not_an_image"),
+    ]
+    assert all(item["detail"] for item in result.manifest["refused"])
+
+
+def test_a_decompression_bomb_is_one_refused_image(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    def huge(side: int) -> bytes:  # a header that promises more pixels than it has
+        content = bytearray(make_png(0))
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        return bytes(content)
+
+    result = convert_tar([("0.png", make_png(1)), ("1.png", huge(9000)), ("2.png", huge(60000))])
+    assert result.refused == [
+        ("s.tar/1.png", "too_many_pixels"),
+        ("s.tar/2.png", "too_many_pixels"),
+    ]
+
+
+def test_filters_leave_out_and_count(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    members: Members = [("readme.md", b"about")]
+    for k in range(6):
+        members += [(f"{k}.png", make_png(k, (4 + 2 * k, 30))), (f"{k}.cls", str(k % 3).encode())]
+    result = convert_tar(members, include_labels=(0, "2"), min_resolution_px=8)
+    assert sorted(result.rows()) == ["s.tar/2.png", "s.tar/3.png", "s.tar/5.png"]
+    assert result.manifest["left_out"] == {"label": 2, "name": 1, "resolution": 1}
+    assert result.refused == []
+
+
+def test_labels_can_be_required(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    members = [("0.png", make_png(0)), ("0.cls", b"1"), ("1.png", make_png(1))]
+    assert convert_tar(members).refused == []
+    assert convert_tar(members, require_labels=True).refused == [("s.tar/1.png", "label_missing")]
+
+
+def test_animated_files_give_their_first_frame_and_are_counted(
+    convert_tar: Callable[..., Result],
+) -> None:
+    frames = [Image.new("L", (8, 8), shade) for shade in (10, 200)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    result = convert_tar([("a.png", buffer.getvalue())])
+    ((pixels, _),) = result.rows().values()
+    assert (pixels == 10).all()
+    assert result.manifest["animated"] == 1
+
+
+def test_the_sums_are_those_of_the_pixels(
+    convert_tar: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    result = convert_tar([(f"{k}.png", make_png(k, (8, 8, 3))) for k in range(9)], mode="RGB")
+    pixels = np.stack([item for item, _ in result.rows().values()]).astype(np.int64)
+    expected = np.stack([pixels.sum((0, 2, 3)), (pixels**2).sum((0, 2, 3))], axis=1)
+    found = sum(np.array(result.manifest["splits"][s]["channel_sums"]) for s in SPLITS)
+    assert np.array_equal(found, expected)
+
+
+def test_a_compressed_shard_that_is_cut_short_lists_its_tail(
+    tmp_path: Path,
+    make_tar: Callable[..., Path],
+    make_png: Callable[..., bytes],
+    convert: Callable[..., Result],
+) -> None:
+    import gzip
+
+    members = [(f"{k:02d}.png", make_png(k, (64, 64))) for k in range(20)]
+    content = gzip.compress(make_tar(tmp_path / "a.tar", members).read_bytes())
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(content[: len(content) // 2])
+    result = convert(path)
+    assert 5 < len(result.rows()) < 15
+    assert result.refused[-1] in {
+        ("a.tar.gz", "unreadable_tail"),
+        (f"a.tar.gz/{len(result.rows()):02d}.png", "truncated"),
+    }
+
+
+def test_a_shard_that_changed_since_the_plan_is_refused(
+    tmp_path: Path, make_tar: Callable[..., Path], make_png: Callable[..., bytes]
+) -> None:
+    path = make_tar(tmp_path / "s.tar", [("0.png", make_png(0))])
+    file = InputFile("s.tar", str(path), path.stat().st_size, "0" * 64)
+    storage = LocalStorage(str(tmp_path / "root"))
+    with pytest.raises(DataError, match="changed since the run was planned"):
+        preprocess_shard(InputShard("s.tar", "tar", (file,)), DATA, storage)
+    assert not list((tmp_path / "root").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("members", [[], [("readme.txt", b"hello")]])
+def test_a_shard_without_images_is_listed(
+    convert_tar: Callable[..., Result], members: Members
+) -> None:
+    assert convert_tar(members).refused == [("s.tar", "empty")]
+
+
+def shard(sha256: str, uri: str = "/somewhere/s.tar") -> InputShard:
+    return InputShard("s.tar", "tar", (InputFile("s.tar", uri, 1, sha256),))
+
+
+def test_the_key_follows_content_and_transform() -> None:
+    key = unit_key(shard("ab"), DATA)
+    assert unit_key(shard("ab", "/elsewhere/s.tar"), DATA) == key
+    assert unit_key(shard("cd"), DATA) != key
+    for changed in ({"resolution": 16}, {"fit": "pad"}, {"resample": "area"}, {"shard_bytes": 1}):
+        assert unit_key(shard("ab"), DATA.model_copy(update=changed)) != key
+    for same in ({"sources": ("other",)}, {"max_bad_fraction": 0.5}, {"drop_duplicates": True}):
+        assert unit_key(shard("ab"), DATA.model_copy(update=same)) == key
+
+
+def test_a_unit_is_missing_until_its_manifest_is_there(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    one, two, unread = shard("ab"), shard("cd"), InputShard("u", "tar", ())
+    unread = InputShard("u.tar", "tar", (InputFile("u.tar", "s3://b/u.tar", 1, None),))
+    shards = [one, two, unread]
+    assert missing_units(shards, DATA, storage) == shards
+    storage.create(f"{unit_directory(one, DATA)}/train-00000.arrow", b"")
+    assert missing_units(shards, DATA, storage) == shards
+    storage.create(f"{unit_directory(one, DATA)}/manifest.json", b"{}")
+    assert missing_units(shards, DATA, storage) == [two, unread]

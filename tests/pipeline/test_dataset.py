@@ -1,0 +1,184 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.convert import preprocess_shard
+from pipeline.dataset import check_document, make_document, open_shards
+from pipeline.errors import DataError
+from pipeline.settings import DataConfig
+from pipeline.sources import list_inputs
+from pipeline.storage import LocalStorage
+from pipeline.units import SPLITS, missing_units, read_units
+
+Members = list[tuple[str, bytes]]
+
+
+class DataSet:
+    """Tar shards below a directory, preprocessed in this process."""
+
+    def __init__(self, directory: Path, make_tar: Callable[..., Path]) -> None:
+        self.directory, self.make_tar = directory, make_tar
+        self.storage = LocalStorage(str(directory / "root"))
+        self.runs = 0
+        (directory / "in").mkdir()
+
+    def add(self, name: str, members: Members) -> None:
+        self.make_tar(self.directory / "in" / name, members)
+
+    def remove(self, name: str) -> None:
+        (self.directory / "in" / name).unlink()
+
+    def document(self, **settings: Any) -> dict[str, Any]:
+        options = {"mode": "L", "validation_fraction": 0.2, "test_fraction": 0.2, **settings}
+        self.data = DataConfig(sources=(str(self.directory / "in"),), resolution=8, **options)
+        inputs = list_inputs(self.data, self.storage)
+        missing = missing_units(inputs.shards, self.data, self.storage)
+        self.runs = len(missing)
+        for shard in missing:
+            preprocess_shard(shard, self.data, self.storage)
+        units = read_units(self.storage, inputs.shards, self.data)
+        document = make_document(self.data, self.storage, inputs.shards, units, inputs.ignored)
+        return json.loads(json.dumps(document))
+
+    def items(self, document: dict[str, Any], split: str) -> tuple[np.ndarray, list[int]]:
+        found = open_shards(self.storage, document, document["shards"], split)
+        if not len(found):
+            return np.zeros((0, 1, 8, 8), np.uint8), []
+        return found.gather(np.arange(len(found))), found.labels.tolist()
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, make_tar: Callable[..., Path]) -> DataSet:
+    return DataSet(tmp_path, make_tar)
+
+
+def labelled(make_png: Callable[..., bytes], numbers: range, prefix: str = "") -> Members:
+    return [
+        member
+        for k in numbers
+        for member in ((f"{prefix}{k:03d}.png", make_png(k)), (f"{prefix}{k:03d}.cls", b"%d" % k))
+    ]
+
+
+def test_adds_up_what_the_units_hold(
+    data_set: DataSet, make_png: Callable[..., bytes], tmp_path: Path
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(30)))
+    data_set.add("b.tar", [*labelled(make_png, range(30, 50)), ("x.png", b""), ("y.md", b"")])
+    (tmp_path / "in" / "notes.txt").write_text("hello")
+    document = data_set.document()
+    assert document["schema_version"] == 2
+    assert sum(document["counts"].values()) == 50
+    assert document["shape"] == [1, 8, 8]
+    pixels, labels = data_set.items(document, "train")
+    assert len(pixels) == document["counts"]["train"]
+    assert document["channel_mean"] == pytest.approx([pixels.mean()])
+    assert document["channel_std"] == pytest.approx([pixels.std()])
+    assert document["labels"]["train"] == {str(k): 1 for k in sorted(labels)}
+    assert document["unlabelled"] == dict.fromkeys(SPLITS, 0)
+    assert document["refused"]["by_reason"] == {"empty": 1}
+    assert document["refused"]["items"][0]["source"] == "b.tar/x.png"
+    assert document["left_out"] == {"name": 2}
+    assert document["ignored_first"] == ["notes.txt"]
+    assert [shard["name"] for shard in document["inputs"]] == ["a.tar", "b.tar"]
+    assert document["transform"]["resample"] == "lanczos"
+
+
+def test_removing_a_shard_revives_the_twins_of_its_items(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(20)))
+    data_set.add("b.tar", labelled(make_png, range(10, 40)))  # 10 to 19 are in both
+    data_set.add("c.tar", labelled(make_png, range(5, 12), "again-"))
+    everything = data_set.document()
+    assert sum(everything["counts"].values()) == 57
+    assert "duplicate" not in everything["left_out"]
+
+    kept = data_set.document(drop_duplicates=True)
+    assert data_set.runs == 0
+    assert sum(kept["counts"].values()) == 40
+    assert kept["left_out"]["duplicate"] == 17
+    labels = [label for split in SPLITS for label in data_set.items(kept, split)[1]]
+    assert sorted(labels) == list(range(40))
+
+    data_set.remove("a.tar")
+    revived = data_set.document(drop_duplicates=True)
+    assert data_set.runs == 0
+    labels = [label for split in SPLITS for label in data_set.items(revived, split)[1]]
+    assert sorted(labels) == list(range(5, 40))
+    assert revived["left_out"]["duplicate"] == 2
+
+
+def test_statistics_count_an_image_once(data_set: DataSet, make_png: Callable[..., bytes]) -> None:
+    data_set.add("a.tar", labelled(make_png, range(30)))
+    alone = data_set.document(drop_duplicates=True)
+    data_set.add("b.tar", labelled(make_png, range(12), "twin-"))
+    doubled = data_set.document(drop_duplicates=True)
+    for key in ("counts", "channel_mean", "channel_std", "labels", "unlabelled"):
+        assert doubled[key] == alone[key], key
+    assert data_set.document()["channel_mean"] != alone["channel_mean"]
+
+
+def test_class_names_get_ids_over_all_units(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    def named(name: str, numbers: range) -> Members:
+        return [
+            member
+            for k in numbers
+            for member in ((f"{k}.png", make_png(k)), (f"{k}.cls", name.encode()))
+        ]
+
+    data_set.add("a.tar", named("dog", range(10)))
+    data_set.add("b.tar", named("cat", range(10, 30)))
+    data_set.add("c.tar", [(f"{k}.png", make_png(k)) for k in range(30, 35)])
+    document = data_set.document()
+    assert document["classes"] == ["cat", "dog"]
+    labels = [label for split in SPLITS for label in data_set.items(document, split)[1]]
+    assert [labels.count(id_) for id_ in (0, 1, -1)] == [20, 10, 5]
+
+
+def test_too_many_refused_images_fail_with_the_first_ten(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    broken = [(f"z{k:02d}.png", b"no image") for k in range(12)]
+    data_set.add("a.tar", labelled(make_png, range(40)) + broken)
+    document = data_set.document()
+    with pytest.raises(DataError) as caught:
+        check_document(document, data_set.data, "/ledger.jsonl")
+    text = str(caught.value)
+    assert "12 of 52 images cannot be used" in text
+    assert "All are listed in /ledger.jsonl" in text
+    assert text.count("not_an_image") == 10
+    assert "a.tar/z09.png" in text
+    document = data_set.document(max_bad_fraction=0.25)
+    assert data_set.runs == 0
+    check_document(document, data_set.data, "/ledger.jsonl")
+
+
+def test_an_empty_split_says_what_was_left_out(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(8)))
+    document = data_set.document(include_labels=("3",))
+    with pytest.raises(DataError, match=r"split has no images .*left out: 7 by label"):
+        check_document(document, data_set.data, "/ledger.jsonl")
+
+
+def test_new_shards_move_no_image_to_another_split(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    def splits() -> dict[int, str]:
+        document = data_set.document()
+        return {label: split for split in SPLITS for label in data_set.items(document, split)[1]}
+
+    data_set.add("b.tar", labelled(make_png, range(20)))
+    before = splits()
+    data_set.add("a.tar", labelled(make_png, range(20, 60)))
+    after = splits()
+    assert data_set.runs == 1
+    assert before == {label: after[label] for label in before}

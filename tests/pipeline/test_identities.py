@@ -1,0 +1,124 @@
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline import identities
+from pipeline.errors import DataError
+from pipeline.identities import open_once, open_seekable
+from pipeline.settings import DataConfig
+from pipeline.sources import list_inputs
+from pipeline.storage import LocalStorage
+
+
+@pytest.fixture
+def hashed() -> Iterator[list[str]]:
+    """Collects the names of the files that are read to be hashed."""
+    names: list[str] = []
+    real = identities._hash
+
+    def count(uri: str) -> str:
+        names.append(Path(uri).name)
+        return real(uri)
+
+    with patch.object(identities, "_hash", count):
+        yield names
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFileSystem]:
+    """An object store in memory, empty."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    yield filesystem
+    filesystem.store.clear()
+
+
+def inputs_of(tmp_path: Path, source: str, **options: bool) -> dict[str, str | None]:
+    data = DataConfig(sources=(source,), resolution=8)
+    found = list_inputs(data, LocalStorage(str(tmp_path / "root")), **options)
+    return {shard.name: shard.sha256 for shard in found.shards}
+
+
+def test_hashes_only_what_changed(tmp_path: Path, hashed: list[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_text(name)
+    first = inputs_of(tmp_path, f"{tmp_path}/*.tar")
+    assert sorted(hashed) == ["a.tar", "b.tar"]
+    assert inputs_of(tmp_path, f"{tmp_path}/*.tar") == first
+    assert len(hashed) == 2
+    # The same name, size and modification time, other content.
+    stat = (tmp_path / "a.tar").stat()
+    (tmp_path / "a.tar").write_text("z")
+    os.utime(tmp_path / "a.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = inputs_of(tmp_path, f"{tmp_path}/*.tar")
+    assert hashed[2:] == ["a.tar"]
+    assert again["a.tar"] != first["a.tar"]
+    assert again["b.tar"] == first["b.tar"]
+
+
+def test_a_change_within_one_tick_of_the_clock_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    for text in ("one", "two", "six"):
+        path.write_text(text)  # in place: the same inode and size
+        found = inputs_of(tmp_path, str(path))
+        with open_once(str(path), found["a.tar"]) as file:
+            assert file.read() == text.encode()
+
+
+def test_unknown_remote_files_are_read_only_when_allowed(
+    tmp_path: Path, memory: MemoryFileSystem, hashed: list[str]
+) -> None:
+    memory.pipe("/bucket/a.tar", b"a")
+    memory.pipe("/bucket/b.tar", b"b")
+    unread = inputs_of(tmp_path, "memory://bucket/*.tar", read_remote=False)
+    assert unread == {"a.tar": None, "b.tar": None}
+    assert hashed == []
+    known = inputs_of(tmp_path, "memory://bucket/*.tar")
+    assert sorted(hashed) == ["a.tar", "b.tar"]
+    memory.pipe("/bucket/c.tar", b"c")
+    later = inputs_of(tmp_path, "memory://bucket/*.tar", read_remote=False)
+    assert later == {**known, "c.tar": None}
+    assert len(hashed) == 2
+
+
+def test_a_store_that_tells_no_identity_is_read_every_time(
+    tmp_path: Path, memory: MemoryFileSystem, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identities, "_STAMPS", ())
+    memory.pipe("/bucket/a.tar", b"a")
+    inputs_of(tmp_path, "memory://bucket/a.tar")
+    inputs_of(tmp_path, "memory://bucket/a.tar")
+    assert hashed == ["a.tar", "a.tar"]
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").mkdir()
+    (tmp_path / "a.tar" / "1.png").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match="There are no images at"):
+        inputs_of(tmp_path, str(tmp_path / "a.tar"))
+    with pytest.raises(DataError, match=r"Cannot read s3x://b/a.tar: .*Check that it exists"):
+        inputs_of(tmp_path, "s3x://b/a.tar")
+
+
+@pytest.mark.parametrize("open_it", [open_once, open_seekable])
+@pytest.mark.parametrize("remote", [False, True])
+def test_content_that_is_not_what_was_planned_is_refused(
+    tmp_path: Path, memory: MemoryFileSystem, open_it: Callable[..., object], remote: bool
+) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"x" * 5000)
+    memory.pipe("/a.tar", b"x" * 5000)
+    uri = "memory://a.tar" if remote else str(path)
+    sha256 = identities._hash(uri)
+    with open_it(uri, sha256) as file:  # type: ignore[attr-defined]
+        assert file.read(3) == b"xxx"  # the rest need not be read
+    with (
+        pytest.raises(DataError, match=r"a\.tar changed since the run was planned"),
+        open_it(uri, "0" * 64) as file,  # type: ignore[attr-defined]
+    ):
+        file.read()
