@@ -18,11 +18,11 @@ from rich.table import Table
 
 from jobs.console import (
     EventPrinter,
-    show_dataset,
     show_exchanged,
     show_plan,
     show_schedules,
 )
+from jobs.inspection import show_dataset
 from pipeline.config import load_config
 from pipeline.driver import Outcome, Plan, make_plan, run_config
 from pipeline.errors import ConfigError, RaydiffusionError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.console import show_dataset
+from jobs.inspection import show_dataset
 from pipeline.dataset import make_document
 from pipeline.settings import DataConfig
 from pipeline.sources import InputFile, InputShard
