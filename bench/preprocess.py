@@ -38,11 +38,12 @@ from pipeline.driver import run_config
 from pipeline.images import decode_image
 from pipeline.settings import Config, DataConfig
 from pipeline.shards import ArrowFile, ArrowItems, write_arrow
+from pipeline.storage import join_content
 from pipeline.workflow import Event
 
 SIDE, RESOLUTION = 256, 64
 NUM_BASES = 64  # images made from noise; the others are shifted copies of them
-IMAGES_PER_SHARD = 200
+IMAGES_PER_SHARD = 500
 NUM_READ_SHARDS, ITEMS_PER_READ_SHARD, BATCH = 1000, 60, 256
 LOOP_IMAGES = 2000  # of the bare loop
 
@@ -218,7 +219,8 @@ def measure_reading(directory: Path) -> dict[str, float]:
         pixels = rng.integers(0, 256, (ITEMS_PER_READ_SHARD, 1, 32, 32), np.uint8)
         names = [f"{k}.tar/{i}.png" for i in range(len(pixels))]
         path = directory / f"{k}.arrow"
-        path.write_bytes(write_arrow(pixels, [i % 10 for i in range(len(pixels))], names))
+        labels = [i % 10 for i in range(len(pixels))]
+        path.write_bytes(join_content(write_arrow(pixels, labels, names)))
         files.append(ArrowFile(path))
     started = time.monotonic()
     items = ArrowItems(files)

@@ -24,7 +24,7 @@ from pipeline.settings import DataConfig
 from pipeline.shards import serialise
 from pipeline.sources import InputShard
 from pipeline.split_writer import SplitWriter, make_index
-from pipeline.storage import Storage, hashed_name
+from pipeline.storage import Storage, hash_content, hashed_name
 from pipeline.units import SPLITS, UNIT_VERSION, unit_directory
 
 AHEAD = 4  # items in the hands of each decoding thread
@@ -35,7 +35,18 @@ def preprocess_shard(
 ) -> dict[str, Any]:
     """Reads one input shard, writes its Arrow files, index and manifest. Returns the manifest.
 
-    What cannot be used is listed in the manifest with its reason, and not used.
+    See `begin_shard`, which this ends at once.
+    """
+    return begin_shard(shard, data, storage, threads)()
+
+
+def begin_shard(
+    shard: InputShard, data: DataConfig, storage: Storage, threads: int = 1
+) -> Callable[[], dict[str, Any]]:
+    """Reads and decodes one input shard; what is returned writes the rest and the manifest.
+
+    Writing waits for the disk, so that a caller may begin the next shard meanwhile. What cannot be
+    used is listed in the manifest with its reason, and not used.
 
     Args:
         shard: whose content must be that of its hash.
@@ -62,14 +73,28 @@ def preprocess_shard(
                 ledger.refuse(outcome)
             case str():
                 ledger.left_out[outcome] += 1
-    for writer in writers.values():
-        writer.flush()
+
+    def finish() -> dict[str, Any]:
+        for writer in writers.values():
+            writer.flush()
+        return _write_manifest(shard, storage, directory, writers, ledger)
+
+    return finish
+
+
+def _write_manifest(
+    shard: InputShard,
+    storage: Storage,
+    directory: str,
+    writers: dict[str, SplitWriter],
+    ledger: "_Ledger",
+) -> dict[str, Any]:
     if not (ledger.refused or ledger.left_out["label"] or ledger.left_out["resolution"]) and not (
         any(writer.count for writer in writers.values())
     ):
         ledger.refuse(Refusal("", "empty", "there is nothing in it that is used, by its name"))
     index = serialise(make_index(list(writers.values())))
-    sha256 = hashlib.sha256(index).hexdigest()
+    sha256 = hash_content(index)
     manifest: dict[str, Any] = {
         "schema_version": UNIT_VERSION,
         "input": shard.name,

@@ -29,16 +29,28 @@ _STAMPS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", 
 OnHash = Callable[[int, int], None]
 
 
+Identity = tuple[Any, ...]
+
+
 @dataclass(frozen=True)
-class Found:
-    """A file that a source matches. `is_named`: by its own path, not by a glob or directory."""
+class InputFile:
+    """A file of the input.
+
+    Args:
+        name: its path below the fixed part of the pattern that matches it.
+        uri: local path or fsspec URI.
+        num_bytes: its size.
+        identity: what changes when the content does; None: nothing tells.
+        sha256: of the content; None: it is remote and was not read yet.
+        is_named: by its own path, not by a glob or directory.
+    """
 
     name: str
     uri: str
     num_bytes: int
-    identity: tuple[Any, ...] | None  # None: nothing tells whether it changed
-    is_named: bool = False
+    identity: Identity | None
     sha256: str | None = None
+    is_named: bool = False
 
     @property
     def is_remote(self) -> bool:
@@ -46,7 +58,7 @@ class Found:
         return "://" in self.uri
 
 
-def identity_of(facts: os.stat_result | dict[str, Any]) -> tuple[int, tuple[Any, ...] | None]:
+def identity_of(facts: os.stat_result | dict[str, Any]) -> tuple[int, Identity | None]:
     """Size, and what changes when the content does, without reading it."""
     if isinstance(facts, os.stat_result):
         stamps = (facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
@@ -56,13 +68,13 @@ def identity_of(facts: os.stat_result | dict[str, Any]) -> tuple[int, tuple[Any,
 
 
 def hash_files(
-    files: Sequence[Found],
+    files: Sequence[InputFile],
     storage: Storage,
     source: str,
     *,
     read_remote: bool,
     on_hash: OnHash | None = None,
-) -> list[Found]:
+) -> list[InputFile]:
     """The files with their hashes, from memory where the identity is unchanged.
 
     Args:
@@ -104,51 +116,56 @@ def hash_files(
 
 
 @contextlib.contextmanager
-def open_once(uri: str, sha256: str | None) -> "Iterator[HashingReader]":
+def open_once(file: InputFile) -> "Iterator[CheckedReader]":
     """Opens a file to be read once from its start.
 
-    Args:
-        uri: local path or fsspec URI.
-        sha256: of the content expected; checked when the block ends without an error.
+    Its content is checked when the block ends without an error: by its identity, before and after,
+    or by its hash where that is not the one of the plan.
 
     Raises:
         DataError: it cannot be read, or is no longer what it was.
     """
-    with _open(uri) as file:
-        reader = HashingReader(uri, file)
+    with _open(file.uri) as opened:
+        is_same = file.identity is not None and _current_identity(file) == file.identity
+        reader = CheckedReader(file.uri, opened, is_hashed=not is_same)
         yield reader
-        if reader.read_all() != sha256:
-            raise _changed(uri)
+        if is_same and _current_identity(file) == file.identity:
+            return
+        if (_hash(file.uri) if is_same else reader.read_all()) != file.sha256:
+            raise _changed(file.uri)
 
 
 @contextlib.contextmanager
-def open_seekable(uri: str, sha256: str | None) -> Iterator[IO[bytes]]:
+def open_seekable(file: InputFile) -> Iterator[IO[bytes]]:
     """Opens a file to be read at random; a remote one by way of a temporary copy.
 
-    Args:
-        uri: local path or fsspec URI.
-        sha256: of the content expected; checked first.
+    Its content is checked as by `open_once`, a hash before the block begins.
 
     Raises:
         DataError: it cannot be read, or is no longer what it was.
     """
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open(uri))
-        reader = HashingReader(uri, file)
-        if "://" in uri:
-            file = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(reader, file, READ_BYTES)
-        if reader.read_all() != sha256:
-            raise _changed(uri)
-        file.seek(0)
-        yield file
+        opened = stack.enter_context(_open(file.uri))
+        before = _current_identity(file)
+        if before is None or before != file.identity:
+            reader = CheckedReader(file.uri, opened, is_hashed=True)
+            if file.is_remote:
+                opened = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(reader, opened, READ_BYTES)
+            if reader.read_all() != file.sha256:
+                raise _changed(file.uri)
+            opened.seek(0)
+        yield opened
+        if _current_identity(file) != before and _hash(file.uri) != file.sha256:
+            raise _changed(file.uri)
 
 
-class HashingReader:
-    """A file to be read once from its beginning, hashing what passes."""
+class CheckedReader:
+    """A file to be read once from its beginning, hashing what passes if need be."""
 
-    def __init__(self, uri: str, file: IO[bytes]) -> None:
-        self._uri, self._file, self._digest = uri, file, hashlib.sha256()
+    def __init__(self, uri: str, file: IO[bytes], *, is_hashed: bool) -> None:
+        self._uri, self._file = uri, file
+        self._digest = hashlib.sha256() if is_hashed else None
 
     def read(self, size: int = -1) -> bytes:
         """Reads on.
@@ -158,13 +175,15 @@ class HashingReader:
         """
         with as_data_error(self._uri):
             content = self._file.read(size)
-        self._digest.update(content)
+        if self._digest is not None:
+            self._digest.update(content)
         return content
 
     def read_all(self) -> str:
         """Reads to the end; the SHA-256 of the whole file."""
         while self.read(READ_BYTES):
             pass
+        assert self._digest is not None  # asked only of those that hash
         return self._digest.hexdigest()
 
 
@@ -198,10 +217,18 @@ def _open(uri: str) -> Iterator[Any]:
 
 def _hash(uri: str) -> str:
     with _open(uri) as file:
-        return HashingReader(uri, file).read_all()
+        return CheckedReader(uri, file, is_hashed=True).read_all()
 
 
-def _outlast_the_clock_tick(files: Sequence[Found]) -> None:
+def _current_identity(file: InputFile) -> Identity | None:
+    """That of a local file; asking for a remote one's would cost a request."""
+    if file.is_remote:
+        return None
+    with as_data_error(file.uri):
+        return identity_of(os.stat(file.uri))[1]
+
+
+def _outlast_the_clock_tick(files: Sequence[InputFile]) -> None:
     """Waits until a change from now on is sure to change the identity."""
     changed = [f.identity[2] / 1e9 for f in files if not f.is_remote and f.identity]
     if changed and time.time() - max(changed) < CLOCK_TICK_S:

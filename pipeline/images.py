@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageCms
 from PIL.ExifTags import Base as Tag
 from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.image_files import (
@@ -158,6 +159,8 @@ def _draft(image: ImageFile, data: DataConfig) -> float:
 
 def _orientation(image: ImageFile) -> int:
     """That of EXIF; 1, upright, where it has none that can be read. Pillow turns TIFF itself."""
+    if isinstance(image, JpegImageFile) and not image.info.keys() & {"exif", "xmp"}:
+        return 1  # most JPEGs; looking further takes as long as opening one
     try:
         return image.getexif().get(Tag.Orientation, 1)
     except Exception:

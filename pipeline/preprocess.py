@@ -1,26 +1,32 @@
 """The step `preprocess`: input shards to a data set of Arrow shards, with Ray Data.
 
-Each shard is one task of Ray Data and one unit (`units.py`), done once; the step adds the units
-up (`dataset.py`) and refuses a data set of which too much cannot be used.
+Each shard is one unit (`units.py`), done once, in a task of Ray Data with a few others; the step
+adds the units up (`dataset.py`) and refuses a data set of which too much cannot be used.
 """
 
+import heapq
 import json
 import logging
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from pipeline.convert import preprocess_shard
+from pipeline.convert import begin_shard
 from pipeline.dataset import check_document, make_document
 from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard, list_inputs
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.units import SPLITS, missing_units, read_units
 from pipeline.workflow import StepContext
 
 SHOWN = 4  # names of shards in an error
+TASKS_PER_CPU = 2  # at least, where there are shards enough
+BYTES_PER_TASK = 1 << 28  # of input, at most: about ten seconds
 TASK_RETRIES = 3  # of a task whose worker died; more would hide content that kills
 
 
@@ -86,24 +92,26 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
     options = ray.data.DataContext.get_current()
     options.enable_progress_bars = False
     options.print_on_execution_start = False
-    threads = _threads_per_task(ray.nodes(), len(missing))
-    # The largest first: the last tasks to end are then small ones.
-    by_size = sorted(missing, key=lambda shard: (-shard.num_bytes, shard.name))
+    options.target_max_block_size = 1  # a row is sent when it is made: progress is by the shard
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    groups = _group(missing, sum(cpus))
+    # More than one thread only where there are fewer tasks than CPUs.
+    threads = max(1, min(sum(cpus) // len(groups), max(cpus, default=1)))
     tasks = [
         {
-            "shard": json.dumps(asdict(shard)),
+            "shards": json.dumps([asdict(shard) for shard in group]),
             "data": context.config.data.model_dump_json(),
             "storage": context.storage.uri,
             "threads": threads,
         }
-        for shard in by_size
+        for group in groups
     ]
-    progress = _Progress(context, by_size)
+    progress = _Progress(context, [shard for group in groups for shard in group])
     try:
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         with warnings.catch_warnings():  # max_retries goes in Ray 2.64; without it, for ever
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = dataset.map(_preprocess_row, num_cpus=threads, max_retries=TASK_RETRIES)
+            dataset = dataset.flat_map(_run_task, num_cpus=threads, max_retries=TASK_RETRIES)
         for row in dataset.iter_rows():
             if row["error"]:
                 raise ERRORS[row["kind"]](row["error"])
@@ -116,10 +124,20 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
         ) from error
 
 
-def _threads_per_task(nodes: list[dict[str, Any]], num_tasks: int) -> int:
-    """More than one only where there are fewer tasks than CPUs."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
-    return max(1, min(sum(cpus) // num_tasks, max(cpus, default=1)))
+def _group(shards: Sequence[InputShard], num_cpus: int) -> list[list[InputShard]]:
+    """The shards of each task: several, for Ray Data takes about 0.2 s to start the next one.
+
+    Tasks are as equal in bytes as can be, and enough to be even at the end and to tell progress.
+    """
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    count = min(len(shards), max(TASKS_PER_CPU * num_cpus, num_bytes // BYTES_PER_TASK))
+    groups: list[list[InputShard]] = [[] for _ in range(count)]
+    smallest = [(0, number) for number in range(count)]
+    for shard in sorted(shards, key=lambda shard: (-shard.num_bytes, shard.name)):
+        size, number = heapq.heappop(smallest)
+        groups[number].append(shard)
+        heapq.heappush(smallest, (size + shard.num_bytes, number))
+    return groups
 
 
 class _Progress:
@@ -159,18 +177,46 @@ class _Progress:
         )
 
 
-def _preprocess_row(row: dict[str, Any]) -> dict[str, Any]:
-    """One task of Ray Data: one input shard. Our errors return as values, to stay themselves."""
-    shard = InputShard.from_json(json.loads(row["shard"]))
+def _run_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One task of Ray Data: a row for each shard when it is done.
+
+    Our errors are a row as well, for as exceptions they would not stay themselves.
+    """
     data = DataConfig.model_validate_json(row["data"])
-    facts = {"name": shard.name, "error": "", "kind": "", "bytes": shard.num_bytes}
+    shards = [InputShard.from_json(value) for value in json.loads(row["shards"])]
+    facts = {"name": "", "bytes": 0, "images": 0, "refused": 0, "error": "", "kind": ""}
     try:
-        manifest = preprocess_shard(shard, data, open_storage(row["storage"]), row["threads"])
+        made = _make_units(shards, data, open_storage(row["storage"]), row["threads"])
+        for shard, manifest in made:
+            yield {
+                **facts,
+                "name": shard.name,
+                "bytes": shard.num_bytes,
+                "images": sum(split["count"] for split in manifest["splits"].values()),
+                "refused": sum(item["count"] for item in manifest["refused"]),
+            }
     except RaydiffusionError as error:
-        return facts | {
-            "error": str(error), "kind": type(error).__name__, "images": 0, "refused": 0,
-        }  # fmt: skip
-    return facts | {
-        "images": sum(split["count"] for split in manifest["splits"].values()),
-        "refused": sum(item["count"] for item in manifest["refused"]),
-    }
+        yield {**facts, "error": str(error), "kind": type(error).__name__}
+
+
+def _make_units(
+    shards: Sequence[InputShard], data: DataConfig, storage: Storage, threads: int
+) -> Iterator[tuple[InputShard, dict[str, Any]]]:
+    """Each shard with its manifest. One is written while the next is read."""
+    with ThreadPoolExecutor(1) as writer:
+        writing: tuple[InputShard, Future[dict[str, Any]]] | None = None
+        for shard in shards:
+            if missing_units([shard], data, storage):
+                finish = begin_shard(shard, data, storage, threads)
+            else:  # an earlier attempt of this task made it
+                finish = partial(_read_unit, shard, data, storage)
+            if writing is not None:
+                yield writing[0], writing[1].result()
+            writing = shard, writer.submit(finish)
+        if writing is not None:
+            yield writing[0], writing[1].result()
+
+
+def _read_unit(shard: InputShard, data: DataConfig, storage: Storage) -> dict[str, Any]:
+    (manifest,) = read_units(storage, [shard], data)
+    return manifest

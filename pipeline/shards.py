@@ -6,9 +6,11 @@ numbers, a dictionary of strings for class names, null where there is none) and 
 and member that the item came from). Equal rows give equal bytes. Plain pyarrow reads it.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +22,8 @@ FEW_SHARDS = 16  # up to so many a batch are gathered shard by shard, more item 
 
 def write_arrow(
     items: np.ndarray, labels: Sequence[Label], sources: Sequence[str]
-) -> "memoryview[int]":
-    """The content of a shard.
+) -> list[memoryview]:
+    """The content of a shard, as parts that share the memory of the items.
 
     Args:
         items: uint8 [N, C, H, W] or float32 [N, C, L].
@@ -47,15 +49,27 @@ def tensor_column(items: np.ndarray) -> pa.Array:
     return pa.FixedShapeTensorArray.from_numpy_ndarray(items).cast(tensor_type)
 
 
-def serialise(batch: pa.RecordBatch) -> "memoryview[int]":
-    """A record batch as the content of an Arrow IPC file, copied once."""
-    size = pa.MockOutputStream()
-    with pa.ipc.new_file(size, batch.schema) as writer:
+def serialise(batch: pa.RecordBatch) -> list[memoryview]:
+    """The content of an Arrow IPC file with a record batch, as parts that share its memory."""
+    parts = _Parts()
+    with pa.ipc.new_file(pa.PythonFile(parts, mode="w"), batch.schema) as writer:
         writer.write_batch(batch)
-    buffer = pa.allocate_buffer(size.size())
-    with pa.ipc.new_file(pa.FixedSizeBufferWriter(buffer), batch.schema) as writer:
-        writer.write_batch(batch)
-    return memoryview(buffer).toreadonly()
+    return parts.parts
+
+
+class _Parts(io.RawIOBase):
+    """A file that keeps what is written to it, without copying."""
+
+    def __init__(self) -> None:
+        self.parts: list[memoryview] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, part: Any, /) -> int:
+        view = memoryview(part)
+        self.parts.append(view)
+        return view.nbytes
 
 
 def _label_column(labels: Sequence[Label]) -> pa.Array:

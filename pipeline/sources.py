@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pipeline.errors import DataError
-from pipeline.identities import Found, OnHash, as_data_error, hash_files, identity_of
+from pipeline.identities import InputFile, OnHash, as_data_error, hash_files, identity_of
 from pipeline.settings import DataConfig
 from pipeline.storage import Storage
 
@@ -32,16 +32,6 @@ _SUFFIXES: dict[str, Format] = {
 }  # fmt: skip
 _IDX_IMAGES = re.compile(r"images([-.])idx[34]-ubyte(\.gz)?$")
 _IDX_LABELS = re.compile(r"labels[-.]idx1-ubyte(\.gz)?$")
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of the input. `name` is its path below the fixed part of its pattern."""
-
-    name: str
-    uri: str
-    num_bytes: int
-    sha256: str | None  # None: it is remote and was not read yet
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,10 @@ class InputShard:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "InputShard":
         """Takes back what `dataclasses.asdict` made."""
-        files = tuple(InputFile(**file) for file in value["files"])
+        files = tuple(
+            InputFile(**{**file, "identity": file["identity"] and tuple(file["identity"])})
+            for file in value["files"]
+        )
         return cls(value["name"], value["format"], files)
 
 
@@ -101,7 +94,7 @@ def list_inputs(
     Raises:
         DataError: a source matches nothing, or cannot be read.
     """
-    files: dict[str, Found] = {}  # by name
+    files: dict[str, InputFile] = {}  # by name
     ignored: set[str] = set()
     for pattern in data.sources:
         matches = _with_labels(_match(pattern))
@@ -142,7 +135,7 @@ def format_of(name: str) -> Format | None:
     return next((fmt for suffix, fmt in _SUFFIXES.items() if lower.endswith(suffix)), None)
 
 
-def _is_wanted(file: Found, pattern: str, data: DataConfig) -> bool:
+def _is_wanted(file: InputFile, pattern: str, data: DataConfig) -> bool:
     """Whether a file takes part; one that was named itself must."""
     kind = format_of(file.name)
     if kind is None and file.is_named and not _IDX_LABELS.search(file.name.lower()):
@@ -157,7 +150,7 @@ def _is_wanted(file: Found, pattern: str, data: DataConfig) -> bool:
     )
 
 
-def _containers(files: Iterable[Found], data: DataConfig) -> list[InputShard]:
+def _containers(files: Iterable[InputFile], data: DataConfig) -> list[InputShard]:
     by_name = {file.name: file for file in files}
     shards = []
     for file in by_name.values():
@@ -167,18 +160,18 @@ def _containers(files: Iterable[Found], data: DataConfig) -> list[InputShard]:
         parts = [file]
         if kind == "idx" and (labels := _labels_of(file, by_name)) is not None:
             parts.append(labels)
-        shards.append(InputShard(file.name, kind, tuple(_input_file(part) for part in parts)))
+        shards.append(InputShard(file.name, kind, tuple(parts)))
     return shards
 
 
-def _is_loose(file: Found, kind: Format, data: DataConfig) -> bool:
+def _is_loose(file: InputFile, kind: Format, data: DataConfig) -> bool:
     """Whether a file is gathered into a bucket rather than being a shard itself."""
     if kind == "files":
         return True
     return kind == "npy" and file.num_bytes < LOOSE_ITEMS * 4 * data.shape[0] * data.shape[1]
 
 
-def _labels_of(images: Found, by_name: dict[str, Found]) -> Found | None:
+def _labels_of(images: InputFile, by_name: dict[str, InputFile]) -> InputFile | None:
     """The labels that lie beside an IDX file of images."""
     return next((by_name[n] for n in _label_names(images.name) if n in by_name), None)
 
@@ -191,7 +184,7 @@ def _label_names(images: str) -> list[str]:
     return [f"{plain[:start]}labels{rest}{suffix}" for suffix in ("", ".gz")]
 
 
-def _with_labels(found: list[Found]) -> list[Found]:
+def _with_labels(found: list[InputFile]) -> list[InputFile]:
     """Adds the labels of IDX files whose pattern matches only the images."""
     by_name = {file.name: file for file in found}
     for images in found:
@@ -203,7 +196,7 @@ def _with_labels(found: list[Found]) -> list[Found]:
     return list(by_name.values())
 
 
-def _buckets(files: Iterable[Found], data: DataConfig) -> list[InputShard]:
+def _buckets(files: Iterable[InputFile], data: DataConfig) -> list[InputShard]:
     """Loose files by the hash of their name, into a power of two of buckets."""
     loose = [f for f in files if (kind := format_of(f.name)) and _is_loose(f, kind, data)]
     count = 1
@@ -212,18 +205,14 @@ def _buckets(files: Iterable[Found], data: DataConfig) -> list[InputShard]:
     buckets: dict[int, list[InputFile]] = {}
     for file in sorted(loose, key=lambda f: f.name):
         digest = hashlib.sha256(file.name.encode()).digest()
-        buckets.setdefault(int.from_bytes(digest[:4], "big") % count, []).append(_input_file(file))
+        buckets.setdefault(int.from_bytes(digest[:4], "big") % count, []).append(file)
     return [
         InputShard(f"files-{number:04d}-of-{count:04d}", "files", tuple(members))
         for number, members in buckets.items()
     ]
 
 
-def _input_file(found: Found) -> InputFile:
-    return InputFile(found.name, found.uri, found.num_bytes, found.sha256)
-
-
-def _match(pattern: str) -> list[Found]:
+def _match(pattern: str) -> list[InputFile]:
     """The files that a pattern names, or that lie below a directory that it names."""
     found = _match_remote(pattern) if "://" in pattern else _match_local(pattern)
     visible = [f for f in found if f.is_named or not _is_hidden(f.name)]
@@ -235,7 +224,7 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _match_local(pattern: str) -> list[Found]:
+def _match_local(pattern: str) -> list[InputFile]:
     fixed, is_glob = Path(), False
     parts = Path(pattern).parts
     for index, part in enumerate(parts):
@@ -250,7 +239,7 @@ def _match_local(pattern: str) -> list[Found]:
             for path in _files_below(match):
                 name = Path(path).relative_to(fixed).as_posix()
                 is_named = not is_glob and path == match
-                found.append(Found(name, path, *identity_of(os.stat(path)), is_named=is_named))
+                found.append(InputFile(name, path, *identity_of(os.stat(path)), is_named=is_named))
     return list({f.uri: f for f in found}.values())  # a recursive glob names files twice
 
 
@@ -276,7 +265,7 @@ def _unescape(part: str) -> str:
     return re.sub(r"\[([*?[])\]", r"\1", part)
 
 
-def _match_remote(pattern: str) -> list[Found]:
+def _match_remote(pattern: str) -> list[InputFile]:
     with as_data_error(pattern):
         import fsspec
 
@@ -298,7 +287,7 @@ def _match_remote(pattern: str) -> list[Found]:
             below = facts["type"] == "directory"
             files |= filesystem.find(match, detail=True) if below else {match: facts}
         return [
-            Found(
+            InputFile(
                 name.removeprefix(fixed).lstrip("/"),
                 f"{protocol}://{name}",
                 *identity_of(facts),

@@ -1,6 +1,5 @@
 """Writing the items of one split as Arrow files of a target size, and the index of a unit."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +10,10 @@ import pyarrow as pa
 from pipeline.readers.entries import Label
 from pipeline.settings import DataConfig
 from pipeline.shards import tensor_column, write_arrow
-from pipeline.storage import Storage, hashed_name
+from pipeline.storage import Storage, hash_content, hashed_name, size_of_content
 
 HASH_BYTES = 16  # of an item's SHA-256 in the index
+SUMMED_AT_ONCE = 64  # items: few enough to stay in the cache
 
 
 class SplitWriter:
@@ -52,7 +52,7 @@ class SplitWriter:
 
     @property
     def sums(self) -> np.ndarray:
-        """Sum and sum of squares of each channel of all items, [N, C, 2]."""
+        """Sum and sum of squares of each channel of all items written, [N, C, 2]."""
         dtype = np.int64 if self._items.dtype == np.uint8 else np.float64
         return np.frombuffer(bytes(self._sums), dtype).reshape(-1, self._items.shape[1], 2)
 
@@ -62,7 +62,6 @@ class SplitWriter:
         self._labels.append(label)
         self._sources.append(source)
         self._digests += digest[:HASH_BYTES]
-        self._sums += _channel_sums(item).tobytes()
         self.all_labels.append(label)
         if len(self._labels) == len(self._items):
             self.flush()
@@ -72,11 +71,13 @@ class SplitWriter:
         if not self._labels:
             return
         count = len(self._labels)
+        for start in range(0, count, SUMMED_AT_ONCE):
+            self._sums += _channel_sums(self._items[start : min(count, start + SUMMED_AT_ONCE)])
         content = write_arrow(self._items[:count], self._labels, self._sources)
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = hash_content(content)
         name = hashed_name(f"{self.split}-{len(self.files):05d}.arrow", sha256)
         self.storage.create(f"{self.directory}/{name}", content)
-        facts = {"count": count, "bytes": len(content), "sha256": sha256}
+        facts = {"count": count, "bytes": size_of_content(content), "sha256": sha256}
         self.files.append({"split": self.split, "file": name, **facts})
         self._labels.clear()
         self._sources.clear()
@@ -105,8 +106,13 @@ def make_index(writers: Sequence[SplitWriter]) -> pa.RecordBatch:
     )
 
 
-def _channel_sums(item: np.ndarray) -> np.ndarray:
-    """Sum and sum of squares of each channel, [C, 2]: exact int64, float64 of sequences."""
-    flat = item.reshape(len(item), -1)
-    wide = flat.astype(np.int64 if item.dtype == np.uint8 else np.float64)
-    return np.stack([wide.sum(1), np.einsum("cn,cn->c", wide, wide)], axis=1)
+def _channel_sums(items: np.ndarray) -> bytes:
+    """Sum and sum of squares of each channel, [N, C, 2]: exact int64, float64 of sequences."""
+    flat = items.reshape(*items.shape[:2], -1)
+    if items.dtype == np.uint8:
+        squares, exact = np.square(flat, dtype=np.uint16), np.int64  # 255 squared fits
+    else:
+        flat = flat.astype(np.float64)
+        squares, exact = np.square(flat), np.float64
+    sums = flat.sum(-1, dtype=exact), squares.sum(-1, dtype=exact)
+    return np.stack(sums, axis=-1).tobytes()

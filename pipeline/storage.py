@@ -9,14 +9,14 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import StorageError
 
-Content = bytes | memoryview
+Content = bytes | Sequence[memoryview]  # whole, or in parts
 
 
 class Storage(Protocol):
@@ -146,7 +146,7 @@ class LocalStorage:
                 raise _refused("write", target, "its directory cannot be made") from error
             try:
                 with staged.open("xb") as file:
-                    file.write(content)
+                    file.writelines([content] if isinstance(content, bytes) else content)
                     file.flush()
                     os.fsync(file.fileno())  # after a power cut: the old, the new, never half
                 yield staged
@@ -163,7 +163,7 @@ class ObjectStorage:
     def create(self, path: str, content: Content) -> bool:
         with _as_storage_error("write", self._path(path)):
             try:
-                self._filesystem.pipe_file(self._path(path), bytes(content), mode="create")
+                self._filesystem.pipe_file(self._path(path), join_content(content), mode="create")
             except FileExistsError:
                 return False
         return True
@@ -222,6 +222,24 @@ class ObjectStorage:
                 f"Storage at {self.uri} needs a library that is not installed ({error}). "
                 f"Install raydiffusion[{extra}]."
             ) from error
+
+
+def join_content(content: Content) -> bytes:
+    """Content in one part."""
+    return content if isinstance(content, bytes) else b"".join(content)
+
+
+def hash_content(content: Content) -> str:
+    """The SHA-256 of content."""
+    digest = hashlib.sha256()
+    for part in [content] if isinstance(content, bytes) else content:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def size_of_content(content: Content) -> int:
+    """Bytes of content."""
+    return len(content) if isinstance(content, bytes) else sum(part.nbytes for part in content)
 
 
 def hashed_name(name: str, sha256: str) -> str:

@@ -22,7 +22,14 @@ from typing import Any, Literal
 from pipeline.errors import StorageError
 from pipeline.leases import hold_lease
 from pipeline.settings import Config
-from pipeline.storage import Content, Storage, damaged, hashed_name
+from pipeline.storage import (
+    Content,
+    Storage,
+    damaged,
+    hash_content,
+    hashed_name,
+    size_of_content,
+)
 
 LIBRARIES = ("raydiffusion", "torch", "ray", "pyarrow", "torchmetrics", "numpy", "pillow")
 
@@ -120,10 +127,10 @@ class StepContext:
         The file's name holds the hash of its content, so that a late zombie of this step cannot
         change what a manifest already names.
         """
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = hash_content(content)
         file = hashed_name(name, sha256)
         self.storage.create(f"{self.directory}/{file}", content)
-        self.artifacts[name] = {"file": file, "bytes": len(content), "sha256": sha256}
+        self.artifacts[name] = {"file": file, "bytes": size_of_content(content), "sha256": sha256}
 
     def read_input(self, step: str, name: str) -> bytes:
         """Reads a file that an input step made, verified by its hash."""

@@ -372,7 +372,7 @@ def _busy_workers() -> list[int]:
             if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::"):
                 title = (entry / "cmdline").read_text()
                 is_ours = os.environ["RAY_AUTH_TOKEN"].encode() in (entry / "environ").read_bytes()
-                if is_ours and "_preprocess_row" in title:
+                if is_ours and "_run_task" in title:
                     found.append(int(entry.name))
         except OSError:
             continue

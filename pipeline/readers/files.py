@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 
-from pipeline.identities import open_once
+from pipeline.identities import InputFile, open_once
 from pipeline.readers.arrays import iter_npy
 from pipeline.readers.entries import (
     MAX_FILE_BYTES,
@@ -15,7 +15,7 @@ from pipeline.readers.entries import (
 )
 from pipeline.readers.labels import parse_label
 from pipeline.settings import DataConfig
-from pipeline.sources import InputFile, InputShard
+from pipeline.sources import InputShard
 
 
 def iter_files(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
@@ -38,7 +38,7 @@ def iter_files(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
         except Refused as refused:
             yield Refusal(file.name, refused.reason, refused.detail)
             continue
-        with open_once(file.uri, file.sha256) as opened:
+        with open_once(file) as opened:
             content = opened.read()
         if not data.is_sequence:
             yield Item(file.name, content, label)

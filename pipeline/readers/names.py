@@ -3,9 +3,9 @@
 import re
 import unicodedata
 
-from pipeline.sources import IMAGE_SUFFIXES
 from pipeline.readers.entries import Entry, Ignored, Refusal
 from pipeline.settings import DataConfig
+from pipeline.sources import IMAGE_SUFFIXES
 
 MAX_NAME_CHARACTERS = 4096  # the longest path of Linux; a tar header can hold megabytes
 _DRIVE = re.compile(r"[A-Za-z]:")

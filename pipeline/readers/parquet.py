@@ -24,9 +24,7 @@ from pipeline.readers.streams import SeekableInput
 from pipeline.settings import DataConfig
 
 ROWS_AT_ONCE = 4  # twice as fast as 1, as fast as 64; one dictionary value may repeat in all
-WHOLE_BYTES = (
-    1 << 28
-)  # of a file whose row groups are read whole: then no size it claims is believed
+WHOLE_BYTES = 1 << 28  # of a file that is read by whole columns: no page is believed its size
 BUFFER_BYTES = 1 << 18  # at a time of a column of a larger file
 MAX_THRIFT_BYTES = 1 << 24  # of one text in the metadata
 MAX_THRIFT_ITEMS = 1 << 17  # in one list of the metadata; of a damaged size, all are allocated

@@ -1,7 +1,6 @@
 """Samples of a WebDataset: which of the files that share a key is the image, and its label."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from pipeline.readers.entries import MAX_FILE_BYTES, Entry, Ignored, Item, Refusal, Refused
 from pipeline.readers.labels import LABEL_SUFFIXES, MAX_LABEL_BYTES, TOO_LARGE, label_of
@@ -78,7 +77,7 @@ class Sample:
             yield item
         else:
             try:
-                yield replace(item, label=label_of(self._companions, label_field))
+                yield Item(item.member, item.content, label_of(self._companions, label_field))
             except Refused as refused:
                 yield Refusal(item.member, refused.reason, refused.detail)
         for name in self._others:

@@ -30,17 +30,17 @@ def iter_entries(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
         case "files":
             yield from iter_files(shard, data)
         case "tar":
-            with open_once(first.uri, first.sha256) as file:
+            with open_once(first) as file:
                 yield from iter_tar(file, data)
         case "idx":
-            with open_once(first.uri, first.sha256) as images:
+            with open_once(first) as images:
                 if len(shard.files) == 1:
                     yield from iter_idx(images, None, data)
                     return
                 second = shard.files[1]
-                with open_once(second.uri, second.sha256) as labels:
+                with open_once(second) as labels:
                     yield from iter_idx(images, labels, data)
         case _:
             read = {"zip": iter_zip, "parquet": iter_parquet, "npy": iter_npy, "npz": iter_npz}
-            with open_seekable(first.uri, first.sha256) as file:
+            with open_seekable(first) as file:
                 yield from read[shard.format](file, data)

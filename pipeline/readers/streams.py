@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, Protocol
 
 BLOCK_BYTES = 1 << 16  # of output at a time: what is lost before a damaged place
+PLAIN_BYTES = 1 << 18  # at a time of what is not compressed
 MAX_INFLATION = 1000  # times; bzip2 and xz reach 10^5 on bombs, images and sequences never do
 FREE_BYTES = 1 << 30  # may come out of however little
 MAX_XZ_BYTES = 1 << 27  # memory that an xz file may ask for; its own tool asks for half at most
@@ -51,6 +52,10 @@ class InputStream:
 
     def read(self, size: int) -> bytes:
         """The next bytes: fewer than `size` only at the end."""
+        if 0 < size <= len(self._block):  # most often; the rest is general, and slower
+            part, self._block = self._block[:size], self._block[size:]
+            self.position += size
+            return bytes(part)
         return b"".join(self._iter_parts(size))
 
     def skip(self, size: int) -> int:
@@ -86,8 +91,8 @@ class InputStream:
             self.position += len(part)
             yield part
 
-    def _take(self) -> bytes:
-        block = self._file.read(BLOCK_BYTES)
+    def _take(self, size: int = BLOCK_BYTES) -> bytes:
+        block = self._file.read(size)
         self.num_read += len(block)
         return block
 
@@ -101,7 +106,7 @@ class InputStream:
                 return
         while head:
             yield head
-            head = self._take()
+            head = self._take(PLAIN_BYTES)
 
     def _inflate(
         self, head: bytes, name: str, magic: re.Pattern[bytes], make: Callable[[], Any]

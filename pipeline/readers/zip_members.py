@@ -17,11 +17,8 @@ from pipeline.readers.names import describe, strip_here
 from pipeline.readers.streams import SeekableInput
 
 MAX_DIRECTORY_BYTES = 1 << 27  # a million members or more; zipfile holds them in memory
-READ_BYTES = {  # at a time, by the methods that are read; zipfile does not bound bzip2's output
-    zipfile.ZIP_STORED: 1 << 18,
-    zipfile.ZIP_DEFLATED: 1 << 18,
-    zipfile.ZIP_BZIP2: 1 << 12,
-}
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of others zipfile bounds no output
+READ_BYTES = 1 << 18
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER = b"PK\x03\x04"
 _FAULTS = (  # what zipfile raises at damaged and unusual archives
@@ -88,8 +85,8 @@ class ZipInput:
         """
         if info.flag_bits & 1:
             raise Refused("undecodable", "it is encrypted")
-        if info.compress_type not in READ_BYTES:
-            detail = f"the compression method {info.compress_type} of zip is not read"
+        if info.compress_type not in METHODS:
+            detail = f"zip's compression method {info.compress_type} is not read, only deflate"
             raise Refused("undecodable", detail)
         if info in self._overlapping:
             raise Refused("undecodable", "it overlaps another member")
@@ -101,7 +98,7 @@ class ZipInput:
         with member:
             while True:
                 with self._faults("undecodable"):
-                    block = member.read(READ_BYTES[info.compress_type])
+                    block = member.read(READ_BYTES)
                 if not block:
                     break
                 count += len(block)

@@ -62,10 +62,12 @@ def show(tmp_path: Path) -> Callable[..., list[str]]:
             },
             **unit,
         }
-        shards = [InputShard("a.tar", "tar", (InputFile("a.tar", "/a.tar", 1 << 20, "ab"),))]
+        shards = [InputShard("a.tar", "tar", (InputFile("a.tar", "/a.tar", 1 << 20, None, "ab"),))]
         units = [unit]
         if files:
-            loose = tuple(InputFile(f"{k}.png", f"/{k}.png", 1024, "cd") for k in range(files))
+            loose = tuple(
+                InputFile(f"{k}.png", f"/{k}.png", 1024, None, "cd") for k in range(files)
+            )
             shards.append(InputShard("files-0000-of-0001", "files", loose))
             empty = facts(0, {}, channels)
             splits = dict.fromkeys(("train", "validation", "test"), empty)
@@ -79,7 +81,7 @@ def show(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def test_says_what_there_is_a_line_for_each_fact(show: Callable[..., list[str]]) -> None:
-    shard = InputShard("a.tar", "tar", (InputFile("a.tar", "/a.tar", 1 << 20, "ab"),))
+    shard = InputShard("a.tar", "tar", (InputFile("a.tar", "/a.tar", 1 << 20, None, "ab"),))
     assert show(files=5) == [
         "items          1,234 train, 70 validation, 60 test",
         "shape          3 x 8 x 8, uint8",

@@ -72,7 +72,7 @@ def make_images() -> dict[str, bytes]:
     }
 
 
-def make_tar(mode: str) -> bytes:
+def make_tar(mode: Any) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for k in range(NUM_ITEMS):

@@ -12,8 +12,9 @@ from PIL import Image
 
 from pipeline.convert import preprocess_shard
 from pipeline.errors import DataError
+from pipeline.identities import InputFile
 from pipeline.settings import DataConfig
-from pipeline.sources import InputFile, InputShard, list_inputs
+from pipeline.sources import InputShard, list_inputs
 from pipeline.storage import LocalStorage
 from pipeline.units import SPLITS, missing_units, unit_directory, unit_key
 
@@ -266,7 +267,7 @@ def test_a_shard_that_changed_since_the_plan_is_refused(
     tmp_path: Path, make_tar: Callable[..., Path], make_png: Callable[..., bytes]
 ) -> None:
     path = make_tar(tmp_path / "s.tar", [("0.png", make_png(0))])
-    file = InputFile("s.tar", str(path), path.stat().st_size, "0" * 64)
+    file = InputFile("s.tar", str(path), path.stat().st_size, None, "0" * 64)
     storage = LocalStorage(str(tmp_path / "root"))
     with pytest.raises(DataError, match="changed since the run was planned"):
         preprocess_shard(InputShard("s.tar", "tar", (file,)), DATA, storage)
@@ -281,7 +282,7 @@ def test_a_shard_without_images_is_listed(
 
 
 def shard(sha256: str, uri: str = "/somewhere/s.tar") -> InputShard:
-    return InputShard("s.tar", "tar", (InputFile("s.tar", uri, 1, sha256),))
+    return InputShard("s.tar", "tar", (InputFile("s.tar", uri, 1, None, sha256),))
 
 
 def test_the_key_follows_content_and_transform() -> None:
@@ -297,7 +298,7 @@ def test_the_key_follows_content_and_transform() -> None:
 def test_a_unit_is_missing_until_its_manifest_is_there(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
     one, two, unread = shard("ab"), shard("cd"), InputShard("u", "tar", ())
-    unread = InputShard("u.tar", "tar", (InputFile("u.tar", "s3://b/u.tar", 1, None),))
+    unread = InputShard("u.tar", "tar", (InputFile("u.tar", "s3://b/u.tar", 1, None, None),))
     shards = [one, two, unread]
     assert missing_units(shards, DATA, storage) == shards
     storage.create(f"{unit_directory(one, DATA)}/train-00000.arrow", b"")

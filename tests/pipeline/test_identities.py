@@ -1,6 +1,9 @@
+import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import fsspec
@@ -9,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import identities
 from pipeline.errors import DataError
-from pipeline.identities import open_once, open_seekable
+from pipeline.identities import InputFile, open_once, open_seekable
 from pipeline.settings import DataConfig
 from pipeline.sources import list_inputs
 from pipeline.storage import LocalStorage
@@ -38,7 +41,7 @@ def memory() -> Iterator[MemoryFileSystem]:
     filesystem.store.clear()
 
 
-def inputs_of(tmp_path: Path, source: str, **options: bool) -> dict[str, str | None]:
+def inputs_of(tmp_path: Path, source: str, **options: Any) -> dict[str, str | None]:
     data = DataConfig(sources=(source,), resolution=8)
     found = list_inputs(data, LocalStorage(str(tmp_path / "root")), **options)
     return {shard.name: shard.sha256 for shard in found.shards}
@@ -66,8 +69,7 @@ def test_a_change_within_one_tick_of_the_clock_is_noticed(tmp_path: Path) -> Non
     for text in ("one", "two", "six"):
         path.write_text(text)  # in place: the same inode and size
         found = inputs_of(tmp_path, str(path))
-        with open_once(str(path), found["a.tar"]) as file:
-            assert file.read() == text.encode()
+        assert found["a.tar"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_unknown_remote_files_are_read_only_when_allowed(
@@ -106,19 +108,39 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("open_it", [open_once, open_seekable])
-@pytest.mark.parametrize("remote", [False, True])
-def test_content_that_is_not_what_was_planned_is_refused(
-    tmp_path: Path, memory: MemoryFileSystem, open_it: Callable[..., object], remote: bool
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_content_is_checked_by_its_hash_where_the_identity_is_another(
+    tmp_path: Path, memory: MemoryFileSystem, open_it: Callable[..., Any], is_remote: bool
 ) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(b"x" * 5000)
     memory.pipe("/a.tar", b"x" * 5000)
-    uri = "memory://a.tar" if remote else str(path)
-    sha256 = identities._hash(uri)
-    with open_it(uri, sha256) as file:  # type: ignore[attr-defined]
-        assert file.read(3) == b"xxx"  # the rest need not be read
+    uri = "memory://a.tar" if is_remote else str(path)
+    file = InputFile("a.tar", uri, 5000, (5000, 1, 2, 3), identities._hash(uri))
+    with open_it(file) as opened:
+        assert opened.read(3) == b"xxx"  # the rest need not be read
     with (
         pytest.raises(DataError, match=r"a\.tar changed since the run was planned"),
-        open_it(uri, "0" * 64) as file,  # type: ignore[attr-defined]
+        open_it(replace(file, sha256="0" * 64)) as opened,
     ):
-        file.read()
+        opened.read()
+
+
+@pytest.mark.parametrize("open_it", [open_once, open_seekable])
+def test_a_change_while_a_file_is_read_is_noticed(
+    tmp_path: Path, hashed: list[str], open_it: Callable[..., Any]
+) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"x" * 5000)
+    data = DataConfig(sources=(str(path),), resolution=8)
+    (shard,) = list_inputs(data, LocalStorage(str(tmp_path / "root"))).shards
+    (file,) = shard.files
+    assert hashed == ["a.tar"]
+    with open_it(file) as opened:
+        assert len(opened.read()) == 5000
+    assert hashed == ["a.tar"]  # the identity says that it is the same
+    with open_it(file):
+        os.utime(path)
+    assert hashed == ["a.tar", "a.tar"]  # touched, and the same
+    with pytest.raises(DataError, match="changed since the run was planned"), open_it(file):
+        path.write_bytes(b"y" * 5000)

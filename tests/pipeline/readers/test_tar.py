@@ -1,4 +1,5 @@
 import bz2
+import functools
 import gzip
 import io
 import lzma
@@ -21,6 +22,7 @@ Members = list[tuple[str, bytes]]
 DATA = DataConfig(sources=("x",), resolution=8)
 SEQUENCES = DataConfig(sources=("x",), sequence_shape=(1, 4))
 BLOCK = 512
+COMPRESS = [gzip.compress, bz2.compress, functools.partial(lzma.compress, preset=0)]
 
 
 def pack(members: Members, tar_format: int = tarfile.PAX_FORMAT) -> bytes:
@@ -270,7 +272,7 @@ def test_a_tar_without_members_holds_nothing() -> None:
     assert read(pack([])) == []
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", COMPRESS)
 def test_a_compressed_tar_is_read(compress: Callable[[bytes], bytes]) -> None:
     content = pack([(f"{k}.png", random.Random(k).randbytes(9000)) for k in range(50)])
     assert read(compress(content)) == read(content)
@@ -332,7 +334,7 @@ def test_a_tar_after_another_is_a_tail() -> None:
     assert outline(read(first + bytes(100_000))) == [("a.png", None)]
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", COMPRESS)
 def test_broken_compression_is_a_tail(compress: Callable[[bytes], bytes]) -> None:
     source = random.Random(0)
     members = [(f"{k:03d}.png", source.randbytes(4500).hex().encode()) for k in range(300)]
@@ -348,7 +350,7 @@ def test_broken_compression_is_a_tail(compress: Callable[[bytes], bytes]) -> Non
     assert 80 < tail.count < 200
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", COMPRESS)
 def test_compression_that_is_cut_short_is_told(compress: Callable[[bytes], bytes]) -> None:
     source = random.Random(0)
     content = pack([(f"{k:03d}.png", source.randbytes(9000)) for k in range(200)])
@@ -440,6 +442,18 @@ def test_memory_does_not_grow_with_the_members() -> None:
     assert entries_of(3000) - entries_of(500) < 200_000
 
 
+def test_every_image_of_any_archive_ends_as_exactly_one_entry() -> None:
+    source = random.Random(0)
+    stems = ["a", "b", "d/a", "a.v1", "a.v2", ".a", "../a", "__MACOSX/a", "./b"]
+    suffixes = [".png", ".jpg", ".cls", ".json", ".txt", ".xyz", ".seg.png"]
+    for _ in range(200):
+        names = [source.choice(stems) + source.choice(suffixes) for _ in range(12)]
+        entries = read(pack([(name, b"7") for name in names]))
+        images = [name.removeprefix("./") for name in names if name.endswith((".png", ".jpg"))]
+        found = [e.member for e in entries if e.member.endswith((".png", ".jpg"))]
+        assert sorted(found) == sorted(images)
+
+
 def test_keys_are_told_apart_in_any_number() -> None:
     keys = _Keys()
     assert all(keys.add(f"d/{k}") for k in range(20_000))
@@ -458,7 +472,7 @@ def test_an_error_of_the_storage_is_not_taken_for_bad_content(
         assert raised.value is error
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", [bytes, *COMPRESS])
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_no_damage_raises(
     iter_damaged: Callable[..., Iterator[bytes]],
