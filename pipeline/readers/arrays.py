@@ -72,8 +72,9 @@ def iter_npz(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
             yield Refusal(show(name), "duplicate_key", "the archive has this name already")
         else:
             arrays[name.removesuffix(".npy")] = info
-    if not arrays:
-        yield Refusal("", "empty", "it holds no array")
+    if data.content_field is None and arrays.keys() <= {data.label_field, *LABEL_NAMES}:
+        only = " but one of labels, by its name" if arrays else ""
+        yield Refusal("", "empty", f"it holds no array{only}")
         return
     content, label = _choose(list(arrays), data)
     yield from (Ignored(show(f"{name}.npy")) for name in arrays if name not in (content, label))

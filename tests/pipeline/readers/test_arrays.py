@@ -244,7 +244,6 @@ def test_the_config_names_the_arrays() -> None:
     ("named", "field", "message"),
     [
         ({"a": 1, "b": 2}, None, "does not tell which array holds the sequences; it holds a, b. "),
-        ({"labels": 1}, None, "it holds labels. Set data.content_field"),
         ({"a": 1, "b": 2}, "c", "has no array called c; it holds a, b. Set data.content_field"),
     ],
 )
@@ -254,6 +253,11 @@ def test_an_array_that_cannot_be_told_is_a_fault_of_the_config(
     content = npz(**{name: sequences(1, 2, 4) for name in named})
     with pytest.raises(DataError, match=message):
         read_npz(content, DATA.model_copy(update={"content_field": field}))
+
+
+def test_an_npz_that_lost_its_sequences_is_refused() -> None:
+    entries = read_npz(npz(label=np.arange(3)))
+    assert refusals(entries) == [("", "empty", 1)]
 
 
 def test_a_damaged_array_is_refused_before_any_of_it_is_used() -> None:
