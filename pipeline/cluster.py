@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ClusterError
-from pipeline.leases import is_process_alive
+from pipeline.processes import is_process_alive
 from pipeline.settings import Config
 from pipeline.workflow import Resources
 

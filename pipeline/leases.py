@@ -14,10 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BusyError, RaydiffusionError
+from pipeline.processes import boot_id, process_started
 from pipeline.storage import Storage
 
 HEARTBEAT_S = 5.0
@@ -146,9 +146,9 @@ def _document(*, beats: int, released: bool = False) -> bytes:
     return json.dumps(
         {
             "host": socket.gethostname(),
-            "boot_id": _boot_id(),
+            "boot_id": boot_id(),
             "pid": os.getpid(),
-            "process_started": _process_started(os.getpid()),
+            "process_started": process_started(os.getpid()),
             "beats": beats,
             "beat_at": time.time(),
             "released": released,
@@ -158,38 +158,11 @@ def _document(*, beats: int, released: bool = False) -> bytes:
 
 def _is_here(holder: dict[str, Any]) -> bool:
     """Whether the holder runs on this host, since its present boot."""
-    return (holder["host"], holder["boot_id"]) == (socket.gethostname(), _boot_id())
+    return (holder["host"], holder["boot_id"]) == (socket.gethostname(), boot_id())
 
 
 def _is_dead_here(holder: dict[str, Any]) -> bool:
     """Whether the holder's process on this host is gone, or its id belongs to another."""
     if not _is_here(holder) or holder["process_started"] is None:
         return False
-    return _process_started(holder["pid"]) != holder["process_started"]
-
-
-def is_process_alive(pid: int) -> bool:
-    """Whether a process of this host runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
-def _boot_id() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux: heartbeats alone decide
-        return None
-
-
-def _process_started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of the process; None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return process_started(holder["pid"]) != holder["process_started"]

@@ -8,6 +8,7 @@ two. Paths are relative to the root, with forward slashes.
 import contextlib
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import StorageError
+from pipeline.processes import is_tag_dead, process_tag
 
 Content = bytes | Sequence[memoryview]  # whole, or in parts
+
+_STAGED = ".staged-"
+STALE_S = 86_400.0  # a file that another host staged is left from a killed write after that
+_seen: set[Path] = set()  # directories in which this process has looked for such files
 
 
 class Storage(Protocol):
@@ -45,6 +51,10 @@ class Storage(Protocol):
 
     def delete(self, path: str) -> None:
         """Removes a file or a whole directory; nothing happens when there is none."""
+        ...
+
+    def clean(self, directory: str) -> None:
+        """Removes what writers that were killed left directly below a directory."""
         ...
 
     def local_path(self, path: str, sha256: str) -> Path:
@@ -81,7 +91,11 @@ def check_writable(storage: Storage) -> None:
 
 @dataclass(frozen=True)
 class LocalStorage:
-    """A directory. New content is linked or renamed into place, which is atomic."""
+    """A directory. New content is linked or renamed into place, which is atomic.
+
+    Until then it lies in a file beside its place, whose name tells the process that writes it. What
+    a killed one leaves is removed by the next process that writes into the same directory.
+    """
 
     uri: str
 
@@ -91,6 +105,8 @@ class LocalStorage:
                 os.link(staged, self._path(path))
             except FileExistsError:
                 return False
+            except FileNotFoundError as error:
+                raise _refused("write", path, "what was written is gone") from error
         return True
 
     def replace(self, path: str, content: bytes) -> None:
@@ -110,7 +126,7 @@ class LocalStorage:
                 names = os.listdir(self._path(directory))
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(name for name in names if not name.startswith(".staged-"))
+        return sorted(name for name in names if not name.startswith(_STAGED))
 
     def delete(self, path: str) -> None:
         target = self._path(path)
@@ -121,6 +137,9 @@ class LocalStorage:
                 shutil.rmtree(target)
             else:
                 target.unlink()
+
+    def clean(self, directory: str) -> None:
+        _remove_stale(self._path(directory))
 
     def local_path(self, path: str, sha256: str) -> Path:
         if not self._path(path).exists():
@@ -134,7 +153,7 @@ class LocalStorage:
     def _staged(self, path: str, content: Content) -> Iterator[Path]:
         """The content in a file of its own beside the target, removed afterwards."""
         target = self._path(path)
-        staged = target.parent / f".staged-{uuid.uuid4().hex}"
+        staged = target.parent / f"{_STAGED}{process_tag()}-{uuid.uuid4().hex}"
         with _as_storage_error("write", target):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +163,9 @@ class LocalStorage:
                 ) from error
             except FileNotFoundError as error:  # the parents cannot be made, as below /proc
                 raise _refused("write", target, "its directory cannot be made") from error
+            if target.parent not in _seen:
+                _remove_stale(target.parent)
+                _seen.add(target.parent)
             try:
                 with staged.open("xb") as file:
                     file.writelines([content] if isinstance(content, bytes) else content)
@@ -196,6 +218,9 @@ class ObjectStorage:
             contextlib.suppress(FileNotFoundError),
         ):
             self._filesystem.rm(self._path(path), recursive=True)
+
+    def clean(self, directory: str) -> None:
+        pass  # an object is there whole or not at all
 
     def local_path(self, path: str, sha256: str) -> Path:
         cached = Path("~/.cache/raydiffusion").expanduser() / sha256[:2] / sha256
@@ -254,6 +279,18 @@ def damaged(storage: Storage, path: str) -> StorageError:
         f"{storage.uri}/{path} is missing or not what its manifest says. Delete the directory "
         f"{path.rsplit('/', 1)[0]} below the storage root and run again: it is made anew."
     )
+
+
+def _remove_stale(directory: Path) -> None:
+    """Removes staged files of processes that are gone, and those a day old of other hosts."""
+    with contextlib.suppress(OSError):  # it is not there, or another process cleans as well
+        for path in [p for p in directory.iterdir() if p.name.startswith(_STAGED)]:
+            tag = path.name.removeprefix(_STAGED).rpartition("-")[0]
+            is_dead = is_tag_dead(tag)
+            if is_dead is None:
+                is_dead = time.time() - path.stat().st_mtime > STALE_S
+            if is_dead:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 import hashlib
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
+from pipeline.processes import process_tag
 from pipeline.storage import Storage, check_writable, open_storage
 
 
@@ -109,3 +113,55 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match=r"No space left on device\. Check the path"):
         storage.create("a", b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.storage import open_storage
+link = os.link
+def kill(source, target):
+    if sys.argv[2] == "after":
+        link(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.link = kill
+open_storage(sys.argv[1]).create("d/x", b"1")
+"""
+
+
+def staged_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir() if path.name.startswith(".staged-")]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_a_killed_writer_leaves_goes_with_the_next_write(tmp_path: Path, moment: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    storage = open_storage(str(tmp_path))
+    assert len(staged_in(tmp_path / "d")) == 1
+    assert storage.list("d") == (["x"] if moment == "after" else [])
+    assert storage.create("d/x", b"2") == (moment == "before")
+    assert staged_in(tmp_path / "d") == []
+    assert storage.read("d/x") == (b"1" if moment == "after" else b"2")
+
+
+def test_clean_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "after"], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    elsewhere, old = ".staged-0123456789ab-1-2-f", ".staged-0123456789ab-1-3-f"
+    mine, nameless = f".staged-{process_tag()}-f", ".staged-f"
+    for name in (elsewhere, old, mine, nameless):
+        (tmp_path / "d" / name).write_bytes(b"")
+    for name in (old, mine, nameless):
+        os.utime(tmp_path / "d" / name, (0, 0))
+    storage = open_storage(str(tmp_path))
+    storage.clean("d")
+    storage.clean("nowhere")
+    assert sorted(staged_in(tmp_path / "d")) == sorted([elsewhere, mine])
+    assert storage.read("d/x") == b"1"
+
+
+def test_clean_leaves_an_object_store_as_it_is(make_storage: Callable[[], Storage]) -> None:
+    storage = make_storage()
+    storage.replace("d/x", b"1")
+    storage.clean("d")
+    assert storage.list("d") == ["x"]
