@@ -126,6 +126,12 @@ def run_config(
             "The score is one of images, and data.sequence_shape makes sequences. Use the verbs "
             "preprocess and train."
         )
+    empty = [n for n in ("validation_fraction", "test_fraction") if not getattr(config.data, n)]
+    if empty and not set(targets) <= {"preprocess", "train"}:
+        raise ConfigError(
+            f"data.{empty[0]} is 0, and the score needs images that are held out. Raise it, or use "
+            "the verbs preprocess and train."
+        )
     planned = make_plan(config, targets, on_hash=on_hash)
     if not planned.is_cached:
         _preflight(config, planned)

@@ -4,14 +4,43 @@ Reading them from a file, and telling what is wrong there, is in `config.py`. No
 imports torch or Ray, so that `plan` and a fully cached run answer at once.
 """
 
-from typing import Annotated, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NOISE_GROUP = 16  # positions of the global batch that share one noise stream (design 3.4)
+MAX_ITEM_BYTES = 1 << 28  # of an image or a sequence as it is stored
+MAX_SHARD_BYTES = 1 << 30  # a task holds as much of each split
+LABEL_FIELD = "label"
+_OF_IMAGES = (
+    "mode",
+    "fit",
+    "resample",
+    "background",
+    "jpeg_draft",
+    "max_pixels",
+    "min_resolution_px",
+)
+
+
+def _check_label(value: Any) -> Any:
+    """A label as those of items are read, or ValueError."""
+    from pipeline.readers.labels import Refused, parse_label  # late, for it loads numpy
+
+    try:
+        parse_label(value)
+    except Refused as refused:
+        raise ValueError(
+            f"a label must be a whole number from 0 or a name, got {value!r}: {refused.detail}. "
+            "Change it."
+        ) from refused
+    return value
+
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Label = Annotated[int | str, BeforeValidator(_check_label)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -62,19 +91,20 @@ class DataConfig(Section):
     min_resolution_px: Positive = Field(
         default=1, description="images with a shorter side are left out"
     )
-    include_labels: tuple[int | str, ...] = Field(
-        default=(), description="only these; all when empty"
+    include_labels: tuple[Label, ...] = Field(
+        default=(), description="only these; all when empty; -1 is what has no label"
     )
     require_labels: bool = Field(default=False, description="refuse what has no label")
     label_field: str = Field(
-        default="label", description="Parquet column, npz array or field of .json with the label"
+        default=LABEL_FIELD,
+        description="Parquet column, npz array or field of .json with the label; empty: none",
     )
     content_field: str | None = Field(
         default=None, description="Parquet column or npz array with the content; none: found"
     )
     drop_duplicates: bool = Field(default=False, description="keep one of equal files")
-    shard_bytes: Annotated[int, Field(ge=1 << 16)] = Field(
-        default=1 << 25, description="size that Arrow shards do not exceed"
+    shard_bytes: Annotated[int, Field(ge=1 << 16, le=MAX_SHARD_BYTES)] = Field(
+        default=1 << 25, description="of the items of an Arrow shard, beside labels and sources"
     )
     validation_fraction: Fraction = Field(default=0.05, description="share held out for choices")
     test_fraction: Fraction = Field(default=0.05, description="share held out for the final score")
@@ -103,12 +133,30 @@ class DataConfig(Section):
         return 1 if self.mode == "L" else 3
 
     @model_validator(mode="after")
-    def _be_one_kind(self) -> Self:
+    def _have_one_size(self) -> Self:
         if (self.resolution is None) == (self.sequence_shape is None):
             raise ValueError(
                 "either resolution (images) or sequence_shape (sequences) must be given, got "
                 + ("neither" if self.resolution is None else "both")
                 + ". Set one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _be_of_one_kind(self) -> Self:
+        # By value: workers get the whole config, so that every field is set there.
+        fields = type(self).model_fields
+        found = [n for n in _OF_IMAGES if getattr(self, n) != fields[n].default]
+        if self.is_sequence and found:
+            raise ValueError(
+                f"{', '.join(found)} cannot be honoured for sequences, which are stored as they "
+                "are. Leave out what is for images, or set resolution instead of sequence_shape."
+            )
+        size = math.prod(self.shape) * (4 if self.is_sequence else 1)
+        if size > MAX_ITEM_BYTES:
+            raise ValueError(
+                f"an item must not have more than {MAX_ITEM_BYTES:,} bytes, got {size:,}. Lower "
+                + ("sequence_shape." if self.is_sequence else "resolution.")
             )
         return self
 

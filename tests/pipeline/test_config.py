@@ -79,6 +79,20 @@ def test_set_overrides(
         ("evaluate.num_steps=2000", "must not exceed diffusion.num_train_timesteps = 1000"),
         ("train.ema_decay=1.0", "train.ema_decay should be less than 1, got 1.0"),
         ("model.dim_mults=[1,2]", "one kind for each of the 2 levels"),
+        (
+            "data.shard_bytes=10000000000000",
+            "data.shard_bytes should be less than or equal to 1073",
+        ),
+        ("data.resolution=100000", "an item must not have more than 268,435,456 bytes, got 30,000"),
+        (
+            "data.include_labels=[1.5]",
+            r"include_labels\.0: a label must be .* got 1\.5: a float is",
+        ),
+        (
+            'data.include_labels=["a", -7]',
+            r"include_labels\.1: a label must be a whole number from 0",
+        ),
+        ('data.include_labels=[""]', "a label has 1 to 100 characters"),
         ("name=a/b", "name should match pattern|name String should match pattern"),
     ],
 )
@@ -94,3 +108,23 @@ def test_a_missing_file_and_bad_toml(tmp_path: Path) -> None:
         load_config(tmp_path)
     with pytest.raises(ConfigError, match="is not valid TOML"):
         load_config(write(tmp_path, "name = "))
+
+
+@pytest.mark.parametrize("value", ['mode = "L"', "min_resolution_px = 500", 'fit = "pad"'])
+def test_settings_of_images_are_refused_with_sequences(tmp_path: Path, value: str) -> None:
+    sequences = f'name = "x"\n[data]\nsources = ["a.npy"]\nsequence_shape = [2, 64]\n{value}\n'
+    name = value.split()[0]
+    with pytest.raises(ConfigError, match=f"data: {name} cannot be honoured for sequences"):
+        load_config(write(tmp_path, sequences))
+
+
+def test_labels_to_include_are_numbers_names_or_none(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ['data.include_labels=[7, "007", "cat", -1]'])
+    assert config.data.include_labels == (7, "007", "cat", -1)
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+
+
+def test_the_config_of_fashion_mnist_is_valid() -> None:
+    root = Path(__file__).parents[2]
+    config = load_config(root / "examples" / "fashion_mnist" / "fashion_mnist.toml")
+    assert config.data.require_labels
