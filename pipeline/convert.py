@@ -11,13 +11,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from pipeline.images import decode_image
-from pipeline.readers.entries import Entry, Ignored, Item, Refusal, Refused
+from pipeline.readers.entries import Entry, Ignored, Item, Label, Refusal, Refused
+from pipeline.readers.labels import parse_label
 from pipeline.readers.shard import iter_entries
 from pipeline.sequences import decode_sequence
 from pipeline.settings import DataConfig
@@ -60,9 +62,12 @@ def begin_shard(
         StorageError: the result cannot be written.
     """
     directory = unit_directory(shard, data)
+    storage.clean(directory)
     writers = {split: SplitWriter(split, storage, directory, data) for split in SPLITS}
     ledger = _Ledger(shard)
-    for entry, outcome in _decoded(iter_entries(shard, data), data, threads):
+    included = frozenset(map(parse_label, data.include_labels))
+    decode = partial(_decode, data=data, included=included)
+    for entry, outcome in _map_in_order(decode, iter_entries(shard, data), threads):
         match outcome:
             case _Accepted(split=split):
                 assert isinstance(entry, Item)
@@ -139,6 +144,7 @@ class _Ledger:
                 "reason": refusal.reason,
                 "detail": refusal.detail,
                 "count": refusal.count,
+                **({"hides_more": True} if refusal.hides_more else {}),
             }
         )
 
@@ -149,21 +155,10 @@ class _Ledger:
         return f"{self.shard.name}/{member}" if member else self.shard.name
 
 
-def _decoded(
-    entries: Iterator[Entry], data: DataConfig, threads: int
-) -> Iterator[tuple[Entry, _Accepted | Refusal | str]]:
-    """Each entry with what becomes of it, in order."""
-    included = {str(label) for label in data.include_labels}
-
-    def decode(entry: Entry) -> _Accepted | Refusal | str:
-        return _decode(entry, data, included)
-
-    yield from _map_in_order(decode, entries, threads)
-
-
 def _map_in_order(
-    function: Callable[[Entry], Any], entries: Iterator[Entry], threads: int
-) -> Iterator[tuple[Entry, Any]]:
+    function: Callable[[Entry], "_Accepted | Refusal | str"], entries: Iterator[Entry], threads: int
+) -> Iterator[tuple[Entry, "_Accepted | Refusal | str"]]:
+    """Each entry with what becomes of it, in order."""
     if threads == 1:
         for entry in entries:
             yield entry, function(entry)
@@ -180,14 +175,16 @@ def _map_in_order(
             yield first, future.result()
 
 
-def _decode(entry: Entry, data: DataConfig, included: set[str]) -> _Accepted | Refusal | str:
+def _decode(
+    entry: Entry, data: DataConfig, included: frozenset[Label]
+) -> _Accepted | Refusal | str:
     """The item as it is stored, or why it is refused, or by which filter it is left out."""
     match entry:
         case Ignored():
             return "name"
         case Refusal():
             return entry
-    if included and str(entry.label) not in included:
+    if included and entry.label not in included:
         return "label"
     if data.require_labels and entry.label is None:
         return Refusal(entry.member, "label_missing", "it has no label, and labels are required")

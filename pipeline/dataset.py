@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DataError, StorageError
+from pipeline.hidden import estimate_hidden
 from pipeline.settings import DataConfig
 from pipeline.shards import ArrowFile, ArrowItems
 from pipeline.sources import InputShard
@@ -133,7 +134,7 @@ def make_document(
         )
     has_names = any(unit["splits"][split]["has_names"] for unit in units for split in SPLITS)
     seen = {label for split in SPLITS for label in labels[split] if labels[split][label]}
-    refused = [item for unit in units for item in unit["refused"]]
+    refused = estimate_hidden(shards, units)
     by_reason = Counter[str]()
     for item in refused:
         by_reason[item["reason"]] += item["count"]
@@ -150,7 +151,7 @@ def make_document(
         "classes": sorted(seen) if has_names else None,
         "refused": {
             "count": sum(by_reason.values()),
-            "by_reason": dict(by_reason.most_common()),
+            "by_reason": {reason: n for reason, n in by_reason.most_common() if n},
             "items": refused,
         },
         "left_out": {reason: n for reason, n in sorted(left_out.items()) if n},
@@ -174,7 +175,7 @@ def make_document(
 
 
 def check_document(document: Mapping[str, Any], data: DataConfig, ledger: str) -> None:
-    """Refuses a data set of which too much cannot be used, or that has an empty split.
+    """Refuses a data set of which too much cannot be used, or with a split empty against its will.
 
     Args:
         document: of the data set.
@@ -197,8 +198,9 @@ def check_document(document: Mapping[str, Any], data: DataConfig, ledger: str) -
             f"data.max_bad_fraction = {data.max_bad_fraction} allows. Mend them or raise the "
             f"limit. All are listed in {ledger}. The first:\n  {shown}"
         )
+    shares = {"train": 1.0, "validation": data.validation_fraction, "test": data.test_fraction}
     for split in SPLITS:
-        if not counts[split]:
+        if not counts[split] and shares[split]:
             left_out = ", ".join(f"{n:,} by {why}" for why, n in document["left_out"].items())
             raise DataError(
                 f"The {split} split has no {noun} (of {total:,} in all"

@@ -21,7 +21,13 @@ from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard, list_inputs
 from pipeline.storage import Storage, open_storage
-from pipeline.units import SPLITS, missing_units, read_units
+from pipeline.units import (
+    SPLITS,
+    STORAGE_THREADS,
+    missing_units,
+    read_units,
+    unit_directory,
+)
 from pipeline.workflow import StepContext
 
 SHOWN = 4  # names of shards in an error
@@ -52,6 +58,8 @@ def preprocess(context: StepContext) -> dict[str, Any]:
     if missing:
         _run_ray_data(context, missing)
     units = read_units(storage, shards, data)
+    with ThreadPoolExecutor(STORAGE_THREADS) as pool:  # of writers that were killed when done
+        list(pool.map(storage.clean, (unit_directory(shard, data) for shard in shards)))
     document = make_document(data, storage, shards, units, inputs.ignored)
     lines = [json.dumps(item) + "\n" for item in document["refused"]["items"]]
     ledger = f"{context.directory}/quarantine.jsonl"

@@ -36,7 +36,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
     return [
         Step(
             name="preprocess",
-            version=2,
+            version=3,
             function="pipeline.preprocess:preprocess",
             settings={f"data.{key}": value for key, value in data.items()}
             | {"shards": {shard.name: shard.sha256 or "unread" for shard in shards}},

@@ -14,11 +14,11 @@ from typing import Any
 from pipeline.errors import StorageError
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard
-from pipeline.storage import Storage
+from pipeline.storage import Storage, damaged
 from pipeline.workflow import hash_json
 
 SPLITS = ("train", "validation", "test")
-UNIT_VERSION = 2  # raise when the same shard and transform make other bytes
+UNIT_VERSION = 3  # raise when the same shard and transform make other bytes
 STORAGE_THREADS = 16  # object stores answer many small questions at once
 # What is decided over all units together, not in each.
 _NOT_OF_A_UNIT = {"sources", "max_bad_fraction", "drop_duplicates"}
@@ -56,7 +56,7 @@ def read_units(
     """The manifests of finished units, in the order of the shards.
 
     Raises:
-        StorageError: one is not to be seen here.
+        StorageError: one is not to be seen here, or is damaged.
     """
 
     def read(shard: InputShard) -> dict[str, Any]:
@@ -68,6 +68,8 @@ def read_units(
                 f"{storage.uri}/{directory} was written on another node and is not to be seen "
                 "here. Set storage.root to a place that every node of the cluster shares."
             ) from error
+        except ValueError as error:  # cut short, or no text
+            raise damaged(storage, f"{directory}/manifest.json") from error
 
     with ThreadPoolExecutor(STORAGE_THREADS) as pool:
         return list(pool.map(read, shards))

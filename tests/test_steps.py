@@ -31,9 +31,9 @@ DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
 def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
     steps = make_steps(load_config(tiny_config), [])
-    assert UNIT_VERSION == 2
+    assert UNIT_VERSION == 3
     assert {step.name: step.version for step in steps} == {
-        "preprocess": 2,
+        "preprocess": 3,
         "features": 1,
         "reference": 1,
         "train": 2,

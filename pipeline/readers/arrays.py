@@ -10,26 +10,35 @@ from zipfile import ZipInfo
 
 import numpy as np
 
-from pipeline.errors import DataError
 from pipeline.readers.entries import (
     MAX_FILE_BYTES,
     Entry,
     Ignored,
     Item,
     Label,
+    MismatchError,
     Refusal,
     Refused,
 )
 from pipeline.readers.labels import parse_label
 from pipeline.readers.names import judge_member, show
-from pipeline.readers.npy_headers import ArrayHeader, read_header
+from pipeline.readers.npy_headers import (
+    ArrayHeader,
+    check_end,
+    check_numbers,
+    read_header,
+    read_values,
+)
 from pipeline.readers.streams import InputStream, Readable
 from pipeline.readers.zip_members import ZipInput, kind_of, name_of
-from pipeline.settings import DataConfig
+from pipeline.settings import LABEL_FIELD, DataConfig
 
 CONTENT_NAMES = ("sequence", "sequences", "x")
 LABEL_NAMES = ("labels", "y", "label")
 _LABEL_BYTES = 4096  # at most of one label; more is no name
+
+_Labels = Iterator[Label | Refused]
+_LACKING = Refused("label_missing", "there are fewer labels")
 
 
 def iter_npy(file: Readable, data: DataConfig, member: str = "") -> Iterator[Entry]:
@@ -41,7 +50,7 @@ def iter_npy(file: Readable, data: DataConfig, member: str = "") -> Iterator[Ent
         data: the shape [C, L].
         member: what the file is called; several sequences are numbered below it.
     """
-    yield from _iter_sequences(InputStream(file), data, member, iter(()))
+    yield from _iter_sequences(InputStream(file), data, member, None)
 
 
 def iter_npz(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
@@ -51,15 +60,17 @@ def iter_npz(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
         file: can be read at random.
         data: the shape [C, L], and the names of the two arrays. Without `content_field` the
             sequences are "sequence", "sequences", "x" or the only array but the labels; the
-            labels are `label_field`, "labels", "y" or "label".
+            labels are `label_field`, or where that is not set "labels", "y" or "label". A sequence
+            that there is no label for is refused where there is such an array.
 
     Raises:
-        DataError: which array holds the sequences cannot be told.
+        MismatchError: an array that the config names is not there, or which one holds the sequences
+            cannot be told.
     """
     try:
         archive = ZipInput(file)
     except Refused as refused:
-        yield Refusal("", refused.reason, refused.detail)
+        yield Refusal("", refused.reason, refused.detail, hides_more=True)
         return
     arrays = {}
     for info in archive.members:
@@ -78,99 +89,103 @@ def iter_npz(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
         return
     content, label = _choose(list(arrays), data)
     yield from (Ignored(show(f"{name}.npy")) for name in arrays if name not in (content, label))
-    labels: Iterator[Label | Refused] = iter(())
+    labels: _Labels | None = None
     num_labels, fault = 0, None
     if label is not None:
         try:
             num_labels, labels = _open_labels(archive, arrays[label])
         except Refused as refused:
-            fault = refused.detail
+            fault, labels = refused.detail, iter(())
     try:
         stream = _open_array(archive, arrays[content])
     except Refused as refused:
-        yield Refusal(show(f"{content}.npy"), refused.reason, refused.detail)
+        member = show(f"{content}.npy")
+        yield Refusal(member, refused.reason, refused.detail, hides_more=True)
         return
     count = yield from _iter_sequences(stream, data, show(f"{content}.npy"), labels)
     if label is not None and (fault is not None or num_labels != count):
         detail = fault or f"there are {num_labels:,} labels for {count:,} sequences"
-        yield Refusal(show(f"{label}.npy"), "label_invalid", detail, max(1, count - num_labels))
+        yield Refusal(show(f"{label}.npy"), "label_invalid", detail, max(0, count - num_labels))
 
 
 def _iter_sequences(
-    stream: InputStream, data: DataConfig, member: str, labels: Iterator[Label | Refused]
+    stream: InputStream, data: DataConfig, member: str, labels: _Labels | None
 ) -> Generator[Entry, None, int]:
-    """Yields the sequences of an array; returns how many there were."""
-    count = 0
+    """Yields the sequences of an array but those that labels lack for; returns how many it has."""
+    count, num_sequences, is_one = 0, 0, False
     try:
         header = read_header(stream)
-        num_sequences = _number_of_sequences(header, data)
-        for sequence in _iter_arrays(stream, header, data):
+        is_one, num_sequences = _count_sequences(header, data)
+        for sequence in _iter_arrays(stream, header, is_one=is_one):
             name = f"{member}/{count:08d}" if member else f"{count:08d}"
-            if num_sequences is None and member:
+            if is_one and member:
                 name = member
-            label = next(labels, None)
             count += 1
+            label = None if labels is None else next(labels, _LACKING)
             if isinstance(label, Refused):
-                yield Refusal(name, label.reason, label.detail)
+                if label is not _LACKING:
+                    yield Refusal(name, label.reason, label.detail)
             else:
                 yield Item(name, sequence, label)
     except Refused as refused:
-        yield Refusal(member, refused.reason, refused.detail)
+        is_known = is_one or (refused.reason == "truncated" and num_sequences > 0)
+        lost = num_sequences if is_known else 1
+        yield Refusal(member, refused.reason, refused.detail, lost, hides_more=not is_known)
         return count
-    missing = (1 if num_sequences is None else num_sequences) - count
-    if missing:
-        detail = f"{stream.fault or 'the file ends'} after {count:,} of {count + missing:,}"
-        yield Refusal(member, "unreadable_tail", detail, missing)
-    elif stream.skip(1) or stream.fault is not None:
-        yield Refusal(member, "unreadable_tail", stream.fault or "more follows the array")
+    if count < num_sequences:
+        detail = f"{stream.fault or 'the file ends'} after {count:,} of {num_sequences:,}"
+        yield Refusal(member, "unreadable_tail", detail, num_sequences - count)
+    elif (rest := stream.skip_rest()) or stream.fault is not None:
+        detail = stream.fault or f"{rest:,} bytes more follow the array"
+        size = math.prod(header.shape[1:]) * header.dtype.itemsize
+        yield Refusal(member, "unreadable_tail", detail, max(1, rest // size))
     return count
 
 
-def _iter_arrays(
-    stream: InputStream, header: ArrayHeader, data: DataConfig
-) -> Iterator[np.ndarray]:
+def _iter_arrays(stream: InputStream, header: ArrayHeader, *, is_one: bool) -> Iterator[np.ndarray]:
     """The sequences that are there whole."""
-    num_sequences = _number_of_sequences(header, data)
-    if header.is_fortran and len(header.shape) > 1:
-        size = math.prod(header.shape) * header.dtype.itemsize
-        _check_size(size, "an array in Fortran order of")
-        content = stream.read(size)
-        if len(content) < size:
-            raise Refused("truncated", f"it has {len(content):,} of {size:,} bytes")
-        array = np.frombuffer(content, header.dtype).reshape(header.shape, order="F")
-        yield from [array] if num_sequences is None else array
-        return
-    shape = header.shape if num_sequences is None else header.shape[1:]
-    size = math.prod(shape) * header.dtype.itemsize
-    _check_size(size, "a sequence of")
-    for _ in range(1 if num_sequences is None else num_sequences):
-        content = stream.read(size)
-        if len(content) < size:
-            return
-        yield np.frombuffer(content, header.dtype).reshape(shape)
+    if is_one:
+        sequence = read_values(stream, header)
+        check_end(stream)
+        yield sequence
+    elif header.is_fortran:
+        yield from read_values(stream, header)
+    else:
+        shape = header.shape[1:]
+        size = math.prod(shape) * header.dtype.itemsize
+        if size > MAX_FILE_BYTES:
+            detail = f"a sequence of {size:,} bytes is more than {MAX_FILE_BYTES:,}"
+            raise Refused("too_large", detail)
+        for _ in range(header.shape[0]):
+            content = stream.read(size)
+            if len(content) < size:
+                return
+            yield np.frombuffer(content, header.dtype).reshape(shape)
 
 
-def _number_of_sequences(header: ArrayHeader, data: DataConfig) -> int | None:
-    """N, or None when the array is one sequence itself."""
-    if header.dtype.kind not in "fiu":
-        raise Refused("undecodable", f"values of the type {header.dtype} are no numbers")
+def _count_sequences(header: ArrayHeader, data: DataConfig) -> tuple[bool, int]:
+    """Whether the array is one sequence itself, and the number of sequences."""
+    check_numbers(header.dtype)
     shapes = [data.shape] if data.channels > 1 else [data.shape, data.shape[1:]]
     if header.shape in shapes:
-        return None
+        return True, 1
     if header.shape[1:] in shapes:
-        return header.shape[0]
+        return False, header.shape[0]
     wanted = ", ".join(map(str, data.shape))
     raise Refused("wrong_shape", f"it is {list(header.shape)}; [N, {wanted}] is read")
 
 
-def _check_size(size: int, what: str) -> None:
-    if size > MAX_FILE_BYTES:
-        raise Refused("too_large", f"{what} {size:,} bytes is more than {MAX_FILE_BYTES:,}")
-
-
 def _choose(names: list[str], data: DataConfig) -> tuple[str, str | None]:
     """The names of the array with the sequences, and of that with the labels."""
-    label = next((n for n in (data.label_field, *LABEL_NAMES) if n in names), None)
+    held = ", ".join(show(name, 100) for name in names[:20])
+    label = data.label_field or None
+    if label == LABEL_FIELD:
+        label = next((name for name in (label, *LABEL_NAMES) if name in names), None)
+    elif label is not None and (label not in names or label == data.content_field):
+        raise MismatchError(
+            f"has no array {show(label, 100)} of labels; it holds {held}",
+            'Set data.label_field to one of them, or to "" where none is to be read.',
+        )
     if data.content_field is not None:
         if data.content_field in names:
             return data.content_field, label if label != data.content_field else None
@@ -181,8 +196,7 @@ def _choose(names: list[str], data: DataConfig) -> tuple[str, str | None]:
         if known or len(others) == 1:
             return (known or others)[0], label
         fault = "does not tell which array holds the sequences"
-    held = ", ".join(show(name, 100) for name in names[:20])
-    raise DataError(f"An npz file {fault}; it holds {held}. Set data.content_field to one of them.")
+    raise MismatchError(f"{fault}; it holds {held}", "Set data.content_field to one of them.")
 
 
 def _open_array(archive: ZipInput, info: ZipInfo) -> InputStream:
@@ -191,7 +205,7 @@ def _open_array(archive: ZipInput, info: ZipInfo) -> InputStream:
     return InputStream(_Blocks(archive.iter_blocks(info)))
 
 
-def _open_labels(archive: ZipInput, info: ZipInfo) -> tuple[int, Iterator[Label | Refused]]:
+def _open_labels(archive: ZipInput, info: ZipInfo) -> tuple[int, _Labels]:
     """The number of labels, and each of them or why it is none."""
     stream = _open_array(archive, info)
     header = read_header(stream)

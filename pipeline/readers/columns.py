@@ -6,18 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from pipeline.errors import DataError
-from pipeline.readers.entries import MAX_FILE_BYTES, Label, Refused
+from pipeline.readers.entries import MAX_FILE_BYTES, Label, MismatchError, Refused
 from pipeline.readers.labels import parse_label
 from pipeline.readers.names import show
-from pipeline.settings import DataConfig
+from pipeline.settings import LABEL_FIELD, DataConfig
 
 
 def find_content(schema: pa.Schema, data: DataConfig) -> str:
     """The name of the column with the images, or the sequences.
 
     Raises:
-        DataError: the config names none, or none can be told from the others.
+        MismatchError: the config names none, or none can be told from the others.
     """
     usual, holds = ("sequence", _is_sequence) if data.is_sequence else ("image", _is_image)
     fitting = [field.name for field in schema if holds(field.type)]
@@ -32,9 +31,10 @@ def find_content(schema: pa.Schema, data: DataConfig) -> str:
     else:
         fault = f"has {len(fitting) or 'no'} columns that could hold the {kind}"
     held = ", ".join(f"{show(field.name, 100)} ({show(str(field.type), 100)})" for field in schema)
-    raise DataError(
-        f"A Parquet file {fault}; it has {show(held, 1000)}. Set data.content_field to one that "
-        f"holds {'lists of numbers' if data.is_sequence else 'encoded images'}."
+    holding = "lists of numbers" if data.is_sequence else "encoded images"
+    raise MismatchError(
+        f"{fault}; it has {show(held, 1000)}",
+        f"Set data.content_field to one that holds {holding}.",
     )
 
 
@@ -42,17 +42,26 @@ def find_label(schema: pa.Schema, content: str, data: DataConfig) -> str | None:
     """The name of the column with the labels; None where there is none.
 
     Raises:
-        DataError: it holds something that is no class.
+        MismatchError: the config names one that is not there, or it holds something that is no
+            class.
     """
     name = data.label_field
-    if name not in schema.names or name == content:
+    if not name or (name == LABEL_FIELD and (name not in schema.names or name == content)):
         return None
+    if name not in schema.names or name == content:
+        held = ", ".join(show(other, 100) for other in schema.names if other != content)
+        raise MismatchError(
+            f"has no column {show(name, 100)} of labels; beside {show(content, 100)} it has "
+            f"{show(held, 1000) or 'none'}",
+            'Set data.label_field to one that it has, or to "" where none is to be read.',
+        )
     kind = schema.field(name).type if schema.names.count(name) == 1 else "several of that name"
     if not isinstance(kind, str) and _is_label(kind):
         return name
-    raise DataError(
-        f"The column {name} of a Parquet file holds no classes but {show(str(kind), 100)}. Set "
-        "data.label_field to a column of whole numbers or text, or to a name that no column has."
+    raise MismatchError(
+        f"has in its column {show(name, 100)} no classes but {show(str(kind), 100)}",
+        'Set data.label_field to a column of whole numbers or text, or to "" where none is to be '
+        "read.",
     )
 
 

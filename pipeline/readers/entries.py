@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.errors import DataError
+
 Reason = Literal[
     "empty",
     "truncated",
@@ -53,13 +55,16 @@ class Refusal:
         member: where in the shard it is; empty for the shard as a whole.
         reason: its kind, to be counted.
         detail: the fault in words.
-        count: how many images it stands for, as far as is known.
+        count: how many images it stands for, as far as is known; 0 where nothing is lost by it.
+        hides_more: whether the images behind it cannot be counted, so that their number is
+            estimated from the size of the file when the data set is added up.
     """
 
     member: str
     reason: Reason
     detail: str
     count: int = 1
+    hides_more: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,14 @@ class Refused(Exception):  # noqa: N818 - not an error of the program: it become
         super().__init__(reason, detail)
         self.reason: Reason = reason
         self.detail = detail
+
+
+class MismatchError(DataError):
+    """Raised by readers where a file lacks what the config names; `iter_entries` names the file."""
+
+    def __init__(self, fault: str, remedy: str) -> None:
+        super().__init__(fault, remedy)
+        self.fault, self.remedy = fault, remedy
+
+    def __str__(self) -> str:
+        return f"It {self.fault}. {self.remedy}"

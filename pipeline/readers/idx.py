@@ -16,8 +16,8 @@ _CHANNELS = (1, 3, 4)  # grey, colour, and colour with transparency
 def iter_idx(images: Readable, labels: Readable | None, data: DataConfig) -> Iterator[Entry]:
     """Yields the images of an IDX file with their labels.
 
-    Images without a label, because there are fewer or the labels cannot be read, have None, and
-    one refusal of "labels" counts them.
+    Where there is a file of labels, an image that it has none for is refused: one refusal of
+    "labels" counts these. It counts 0 when there are more labels than images.
 
     Args:
         images: uint8 [N, H, W] or [N, H, W, C]; read once, may be compressed.
@@ -28,7 +28,7 @@ def iter_idx(images: Readable, labels: Readable | None, data: DataConfig) -> Ite
     try:
         count, shape = _read_images_header(stream, data)
     except Refused as refused:
-        yield Refusal("", refused.reason, refused.detail)
+        yield Refusal("", refused.reason, refused.detail, hides_more=True)
         return
     label_stream, num_labels, label_fault = None, 0, None
     if labels is not None:
@@ -39,23 +39,27 @@ def iter_idx(images: Readable, labels: Readable | None, data: DataConfig) -> Ite
         content = stream.read(size)
         if len(content) < size:
             break
-        label = label_stream.read(1) if label_stream is not None and index < num_labels else b""
-        num_labelled += len(label)
         num_images += 1
+        label = None
+        if label_stream is not None:
+            value = label_stream.read(1) if index < num_labels else b""
+            if not value:
+                continue
+            label = value[0]
+            num_labelled += 1
         pixels = np.frombuffer(content, np.uint8).reshape(shape)
-        yield Item(f"{index:08d}", pixels, label[0] if label else None)
+        yield Item(f"{index:08d}", pixels, label)
     if num_images < count:
         detail = f"{stream.fault or 'the file ends'} after {num_images:,} of {count:,} images"
         yield Refusal("", "unreadable_tail", detail, count - num_images)
-    elif stream.skip(1) or stream.fault is not None:
-        detail = stream.fault or f"there is more after the {count:,} images"
-        yield Refusal("", "unreadable_tail", detail)
+    elif (rest := stream.skip_rest()) or stream.fault is not None:
+        detail = f"there are {rest:,} bytes more after the {count:,} images"
+        yield Refusal("", "unreadable_tail", stream.fault or detail, max(1, rest // size))
     if label_stream is not None:
         if label_fault is None and num_labelled < num_images:
             label_fault = f"{label_stream.fault or 'the file ends'} after {num_labelled:,} labels"
         if label_fault is not None:
-            lacking = max(1, num_images - num_labelled)
-            yield Refusal("labels", "label_invalid", label_fault, lacking)
+            yield Refusal("labels", "label_invalid", label_fault, num_images - num_labelled)
 
 
 def _read_images_header(stream: InputStream, data: DataConfig) -> tuple[int, tuple[int, ...]]:

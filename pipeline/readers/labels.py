@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.readers.entries import Label, Refused
 from pipeline.readers.names import show
+from pipeline.settings import LABEL_FIELD
 
 LABEL_SUFFIXES = (".cls", ".json", ".txt")  # in this order of precedence
 MAX_LABEL_BYTES = 1 << 20  # a larger file is not read to look for a label
@@ -59,7 +60,8 @@ def label_of(companions: Mapping[str, bytes | str], field: str, directory: str =
 
     Args:
         companions: by suffix the content of those that there are, or in words why it is not known.
-        field: of the object in .json.
+        field: of the object in .json; there must be one if it is not the default, none is read
+            if it is empty.
         directory: the name of the one the image lies in, where that is its class.
 
     Raises:
@@ -72,8 +74,10 @@ def label_of(companions: Mapping[str, bytes | str], field: str, directory: str =
             value = json.loads(_content_of(companions, ".json"))
         except (ValueError, RecursionError) as error:
             raise Refused("label_invalid", "the .json file is no valid JSON") from error
-        if isinstance(value, dict) and field in value:
+        if field and isinstance(value, dict) and field in value:
             return parse_label(value[field])
+        if field not in ("", LABEL_FIELD):
+            raise Refused("label_missing", f"the .json file has no field {show(field, 100)}")
     text = companions.get(".txt")
     if isinstance(text, bytes) and re.fullmatch(rb"\s*(-1|[0-9]{1,18})\s*", text):
         return parse_label(text)  # any other text is a caption

@@ -53,11 +53,11 @@ def iter_parquet(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
         data: the columns of the content and the label.
 
     Raises:
-        DataError: the columns that the config names or leaves to be found cannot be used.
+        MismatchError: the columns that the config names or leaves to be found cannot be used.
     """
     source = SeekableInput(file)
     if not source.num_bytes:
-        yield Refusal("", "empty", "the file is empty")
+        yield Refusal("", "empty", "the file is empty", hides_more=True)
         return
     try:
         with _faults(source):
@@ -72,7 +72,7 @@ def iter_parquet(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
             schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
     except Refused as refused:
         detail = f"it is no readable Parquet file: {refused.detail}"
-        yield Refusal("", "unreadable_shard", detail)
+        yield Refusal("", "unreadable_shard", detail, hides_more=True)
         return
     content = find_content(schema, data)
     label = find_label(schema, content, data)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from pipeline.errors import DataError
 from pipeline.identities import open_once, open_seekable
 from pipeline.readers.arrays import iter_npy, iter_npz
-from pipeline.readers.entries import Entry
+from pipeline.readers.entries import Entry, MismatchError
 from pipeline.readers.files import iter_files
 from pipeline.readers.idx import iter_idx
 from pipeline.readers.parquet import iter_parquet
@@ -25,6 +26,13 @@ def iter_entries(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
         DataError: a file cannot be read, changed since the plan, or lacks a column that the config
             names.
     """
+    try:
+        yield from _iter_format(shard, data)
+    except MismatchError as mismatch:
+        raise DataError(f"{shard.name} {mismatch.fault}. {mismatch.remedy}") from mismatch
+
+
+def _iter_format(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
     first = shard.files[0]
     match shard.format:
         case "files":

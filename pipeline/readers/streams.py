@@ -8,6 +8,7 @@ import bz2
 import io
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, Protocol
@@ -61,6 +62,10 @@ class InputStream:
     def skip(self, size: int) -> int:
         """Passes over the next bytes; how many there were."""
         return sum(len(part) for part in self._iter_parts(size))
+
+    def skip_rest(self) -> int:
+        """Passes over all that follows; how many bytes there were."""
+        return self.skip(sys.maxsize)
 
     def drain(self) -> int:
         """Reads to the end; how many bytes there were between the zeros at both ends."""

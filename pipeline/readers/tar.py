@@ -36,11 +36,10 @@ def iter_tar(file: Readable, data: DataConfig) -> Iterator[Entry]:
             is_cut = isinstance(entry, Refusal) and entry.reason == "truncated"
         yield entry
     if stream.position == 0 and stream.fault is None:
-        yield Refusal("", "empty", "the file is empty")
+        yield Refusal("", "empty", "the file is empty", hides_more=True)
     elif headers.position == 0 and headers.end != "mark":
-        yield Refusal(
-            "", "unreadable_shard", f"it is no tar file: {stream.fault or headers.detail}"
-        )
+        detail = f"it is no tar file: {stream.fault or headers.detail}"
+        yield Refusal("", "unreadable_shard", detail, hides_more=True)
     else:
         yield from _judge_end(stream, headers, num_images, is_cut=is_cut)
 
@@ -64,7 +63,8 @@ def _judge_end(
     if lost_bytes + lost_in_file:
         detail += f"; {lost_bytes + lost_in_file:,} bytes were not read"
     share = lost_bytes / max(1, headers.position) + lost_in_file / max(1, num_read)
-    yield Refusal("", "unreadable_tail", detail, max(1, round(share * num_images)))
+    lost = max(1, round(share * num_images))
+    yield Refusal("", "unreadable_tail", detail, lost, hides_more=not num_images)
 
 
 def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) -> Iterator[Entry]:

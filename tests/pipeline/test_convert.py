@@ -1,5 +1,10 @@
+import errno
+import gzip
 import io
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline.convert import preprocess_shard
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.identities import InputFile
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard, list_inputs
@@ -221,6 +227,84 @@ def test_labels_can_be_required(
     assert convert_tar(members, require_labels=True).refused == [("s.tar/1.png", "label_missing")]
 
 
+@pytest.mark.parametrize(
+    ("included", "kept"),
+    [(("007",), [0]), ((7,), [0]), (("None",), [1]), ((-1,), [2, 3]), ((" None ", "7"), [0, 1])],
+)
+def test_labels_to_include_are_read_as_labels_are(
+    convert_tar: Callable[..., Result],
+    make_png: Callable[..., bytes],
+    included: tuple[int | str, ...],
+    kept: list[int],
+) -> None:
+    members: Members = [(f"{k}.png", make_png(k)) for k in range(4)]
+    for k, label in enumerate((b"007", b"None", b"-1")):
+        members.insert(2 * k, (f"{k}.cls", label))
+    result = convert_tar(members, include_labels=included)
+    assert sorted(result.rows()) == [f"s.tar/{k}.png" for k in kept]
+    assert result.manifest["left_out"] == {"label": 4 - len(kept)}
+
+
+def test_images_that_labels_lack_for_are_refused_once(
+    tmp_path: Path, convert: Callable[..., Result]
+) -> None:
+    def idx(array: np.ndarray) -> bytes:
+        sizes = struct.pack(f">{array.ndim}I", *array.shape)
+        return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 8, 8), np.uint8)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a-images-idx3-ubyte").write_bytes(idx(pixels))
+    (tmp_path / "in" / "a-labels-idx1-ubyte").write_bytes(idx(np.zeros(50, np.uint8)))
+    for settings in ({}, {"require_labels": True}):
+        result = convert(tmp_path / "in", **settings)
+        assert len(result.rows()) == 50
+        refused = [(item["source"], item["count"]) for item in result.manifest["refused"]]
+        assert refused == [("a-images-idx3-ubyte/labels", 50)]
+
+
+def test_a_loose_sequence_is_stored_or_refused_as_one_in_a_tar_is(
+    tmp_path: Path, make_tar: Callable[..., Path], convert: Callable[..., Result]
+) -> None:
+    def npy(version: tuple[int, int]) -> bytes:
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ones((2, 16), np.float32), version)
+        return buffer.getvalue()
+
+    files = {f"{version}.npy": npy((version, 0)) for version in (1, 2, 3)}
+    files |= {"cut.npy": npy((1, 0))[:-1], "more.npy": npy((1, 0)) + b"x", "none.npy": b""}
+    files |= {"gone.npy": npy((1, 0))[:50], "zipped.npy": gzip.compress(npy((1, 0)))}
+    (tmp_path / "in").mkdir()
+    for name, content in files.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    settings = {"resolution": None, "sequence_shape": (2, 16)}
+    loose = convert(tmp_path / "in", **settings)
+    packed = convert(make_tar(tmp_path / "s.tar", list(files.items())), **settings)
+    assert sorted(packed.rows()) == [f"s.tar/{name}" for name in sorted(loose.rows())]
+    assert sorted(loose.rows()) == ["1.npy", "2.npy", "3.npy", "zipped.npy"]
+    assert {(f"s.tar/{name}", reason) for name, reason in loose.refused} == set(packed.refused)
+    assert dict(loose.refused) == {
+        "cut.npy": "truncated",
+        "gone.npy": "truncated",
+        "more.npy": "undecodable",
+        "none.npy": "empty",
+    }
+
+
+def test_a_file_that_lacks_what_the_config_names_is_named(
+    tmp_path: Path, convert: Callable[..., Result], make_png: Callable[..., bytes]
+) -> None:
+    pq.write_table(pa.table({"image": [make_png(1)], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"^a\.parquet has no column klass of labels; .* label\."):
+        convert(tmp_path / "a.parquet", label_field="klass")
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"^b\.parquet has no columns that could hold the images"):
+        convert(tmp_path / "b.parquet")
+    np.savez(tmp_path / "c.npz", a=np.zeros((1, 2, 8)), b=np.zeros((1, 2, 8)))
+    with pytest.raises(DataError, match=r"^c\.npz does not tell which array holds the sequences"):
+        convert(tmp_path / "c.npz", resolution=None, sequence_shape=(2, 8))
+
+
 def test_animated_files_give_their_first_frame_and_are_counted(
     convert_tar: Callable[..., Result],
 ) -> None:
@@ -249,8 +333,6 @@ def test_a_compressed_shard_that_is_cut_short_lists_its_tail(
     make_png: Callable[..., bytes],
     convert: Callable[..., Result],
 ) -> None:
-    import gzip
-
     members = [(f"{k:02d}.png", make_png(k, (64, 64))) for k in range(20)]
     content = gzip.compress(make_tar(tmp_path / "a.tar", members).read_bytes())
     path = tmp_path / "a.tar.gz"
@@ -305,3 +387,94 @@ def test_a_unit_is_missing_until_its_manifest_is_there(tmp_path: Path) -> None:
     assert missing_units(shards, DATA, storage) == shards
     storage.create(f"{unit_directory(one, DATA)}/manifest.json", b"{}")
     assert missing_units(shards, DATA, storage) == [two, unread]
+
+
+class SmallDisk(io.FileIO):
+    """A new file on a disk that has room for so many bytes, of all files together."""
+
+    left = 0
+
+    def write(self, content: Any, /) -> int:
+        part = memoryview(content).cast("B")[: SmallDisk.left]
+        if not part.nbytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        SmallDisk.left -= part.nbytes
+        return super().write(part)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_disk_that_fills_up_in_a_write_leaves_no_half_unit_and_no_litter(
+    tmp_path: Path,
+    make_tar: Callable[..., Path],
+    make_png: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+) -> None:
+    path = make_tar(tmp_path / "s.tar", [(f"{k:02d}.png", make_png(k)) for k in range(60)])
+    data = DATA.model_copy(update={"sources": (str(path),)})
+    expected, storage = LocalStorage(str(tmp_path / "expected")), LocalStorage(str(tmp_path / "r"))
+    (unit,) = list_inputs(data, expected).shards
+    preprocess_shard(unit, data, expected)
+    directory = unit_directory(unit, data)
+    files = {p.name: p.read_bytes() for p in Path(expected.uri, directory).iterdir()}
+
+    open_any = Path.open
+
+    def open_small(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode == "xb":
+            return io.BufferedWriter(SmallDisk(path, mode))
+        return open_any(path, mode, *args, **options)
+
+    SmallDisk.left = int(share * sum(map(len, files.values())))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_small)
+        with pytest.raises(StorageError, match="No space left on device"):
+            preprocess_shard(unit, data, storage)
+        found = list(Path(storage.uri, directory).iterdir())
+        assert {p.name: p.read_bytes() for p in found}.items() <= files.items()
+        assert "manifest.json" not in {p.name for p in found}
+        assert missing_units([unit], data, storage) == [unit]
+        SmallDisk.left = 1 << 30
+        preprocess_shard(unit, data, storage)
+    assert {p.name: p.read_bytes() for p in Path(storage.uri, directory).iterdir()} == files
+
+
+KILLED_AT = """
+import os, signal, sys
+from pipeline.convert import preprocess_shard
+from pipeline.settings import DataConfig
+from pipeline.sources import list_inputs
+from pipeline.storage import LocalStorage
+data = DataConfig.model_validate_json(sys.argv[1])
+storage = LocalStorage(sys.argv[2])
+(shard,) = list_inputs(data, storage).shards
+left, link = int(sys.argv[3]), os.link
+def count(source, target):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    link(source, target)
+os.link = count
+preprocess_shard(shard, data, storage)
+"""
+
+
+@pytest.mark.parametrize("link", [1, 3, 5])
+def test_a_kill_in_a_write_leaves_nothing_that_the_next_attempt_does_not_remove(
+    tmp_path: Path, make_tar: Callable[..., Path], make_png: Callable[..., bytes], link: int
+) -> None:
+    path = make_tar(tmp_path / "s.tar", [(f"{k:02d}.png", make_png(k)) for k in range(60)])
+    data = DATA.model_copy(update={"sources": (str(path),)})
+    expected, storage = LocalStorage(str(tmp_path / "expected")), LocalStorage(str(tmp_path / "r"))
+    (unit,) = list_inputs(data, expected).shards
+    preprocess_shard(unit, data, expected)
+    arguments = [data.model_dump_json(), storage.uri, str(link)]
+    done = subprocess.run([sys.executable, "-c", KILLED_AT, *arguments], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    directory = Path(storage.uri, unit_directory(unit, data))
+    assert any(p.name.startswith(".staged-") for p in directory.iterdir())
+    preprocess_shard(unit, data, storage)
+    names = {p.name: p.read_bytes() for p in directory.iterdir()}
+    wanted = Path(expected.uri, unit_directory(unit, data)).iterdir()
+    assert names == {p.name: p.read_bytes() for p in wanted}

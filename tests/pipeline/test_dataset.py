@@ -1,18 +1,22 @@
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.convert import preprocess_shard
 from pipeline.dataset import check_document, make_document, open_shards
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.settings import DataConfig
 from pipeline.sources import list_inputs
 from pipeline.storage import LocalStorage
-from pipeline.units import SPLITS, missing_units, read_units
+from pipeline.units import SPLITS, missing_units, read_units, unit_directory
 
 Members = list[tuple[str, bytes]]
 
@@ -182,3 +186,115 @@ def test_new_shards_move_no_image_to_another_split(
     after = splits()
     assert data_set.runs == 1
     assert before == {label: after[label] for label in before}
+
+
+def pack(kind: str, pictures: list[bytes], make_tar: Callable[..., Path], path: Path) -> bytes:
+    """A good shard of a format."""
+    named = [(f"{k:03d}.png", picture) for k, picture in enumerate(pictures)]
+    buffer = io.BytesIO()
+    match kind:
+        case "tar":
+            return make_tar(path, named).read_bytes()
+        case "zip":
+            with zipfile.ZipFile(buffer, "w") as archive:
+                for name, picture in named:
+                    archive.writestr(name, picture)
+        case "parquet":
+            pq.write_table(pa.table({"image": pictures}), buffer)
+    return buffer.getvalue()
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[:-200],
+    "header": lambda content: b"x" * 512 + content[512:],
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "reason"),
+    [
+        ("zip", "cut", "unreadable_shard"),
+        ("zip", "empty", "empty"),
+        ("parquet", "cut", "unreadable_shard"),
+        ("parquet", "empty", "empty"),
+        ("tar", "header", "unreadable_shard"),
+        ("tar", "empty", "empty"),
+    ],
+)
+def test_a_shard_that_cannot_be_read_counts_as_the_images_it_hides(
+    data_set: DataSet, make_png: Callable[..., bytes], kind: str, damage: str, reason: str
+) -> None:
+    directory = data_set.directory / "in"
+    for k in range(10):
+        pictures = [make_png(40 * k + i) for i in range(40)]
+        content = pack(kind, pictures, data_set.make_tar, data_set.directory / "one.tar")
+        content = DAMAGE[damage](content) if k == 5 else content
+        (directory / f"{k}.{kind}").write_bytes(content)
+    document = data_set.document()
+    assert sum(document["counts"].values()) == 360
+    (refused,) = document["refused"]["items"]
+    assert (refused["source"], refused["reason"]) == (f"5.{kind}", reason)
+    assert refused["count"] == pytest.approx(40, rel=0.1)
+    assert refused["detail"].endswith(f"(about {refused['count']} images)")
+    assert document["refused"]["by_reason"] == {reason: refused["count"]}
+    with pytest.raises(DataError, match=f"{refused['count']} of .* images cannot be used"):
+        check_document(document, data_set.data, "/ledger.jsonl")
+
+
+def test_what_is_hidden_is_judged_by_other_formats_where_there_is_no_other_of_its_own(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    pictures = [make_png(k, (64, 64)) for k in range(40)]
+    source = data_set.directory / "in"
+    whole = pack("zip", pictures, data_set.make_tar, source)
+    (source / "a.zip").write_bytes(whole[:-200])
+    alone = data_set.document()
+    (refused,) = alone["refused"]["items"]
+    assert refused["count"] == 1
+    assert refused["detail"].endswith("(how many images is not known)")
+    pack("tar", pictures, data_set.make_tar, source / "b.tar")
+    (refused,) = data_set.document()["refused"]["items"]
+    assert 25 < refused["count"] < 45
+
+
+def test_a_loose_file_of_many_sequences_counts_as_those_it_hides(tmp_path: Path) -> None:
+    def npy(*shape: int) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, np.random.default_rng(0).normal(size=shape).astype(np.float32))
+        return buffer.getvalue()
+
+    (tmp_path / "in").mkdir()
+    for k in range(20):
+        (tmp_path / "in" / f"{k}.npy").write_bytes(npy(10, 2, 64 if k else 65))
+    data = DataConfig(sources=(str(tmp_path / "in"),), sequence_shape=(2, 64))
+    storage = LocalStorage(str(tmp_path / "root"))
+    inputs = list_inputs(data, storage)
+    units = [preprocess_shard(shard, data, storage) for shard in inputs.shards]
+    (refused,) = make_document(data, storage, inputs.shards, units, ())["refused"]["items"]
+    assert (refused["source"], refused["reason"], refused["count"]) == ("0.npy", "wrong_shape", 10)
+
+
+def test_a_split_may_be_empty_that_is_to_have_nothing(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(20)))
+    document = data_set.document(validation_fraction=0.0)
+    assert document["counts"]["validation"] == 0
+    check_document(document, data_set.data, "/ledger.jsonl")
+    document = data_set.document(validation_fraction=1e-9)
+    with pytest.raises(DataError, match="The validation split has no images"):
+        check_document(document, data_set.data, "/ledger.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"splits": {', b"\xff\xfe"])
+def test_a_damaged_manifest_of_a_unit_is_named(
+    data_set: DataSet, make_png: Callable[..., bytes], content: bytes
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(20)))
+    data_set.document()
+    (shard,) = list_inputs(data_set.data, data_set.storage).shards
+    path = f"{unit_directory(shard, data_set.data)}/manifest.json"
+    data_set.storage.replace(path, content)
+    with pytest.raises(StorageError, match=r"is missing or not what .* Delete the directory"):
+        read_units(data_set.storage, [shard], data_set.data)

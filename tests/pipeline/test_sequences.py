@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.readers.entries import Refused
-from pipeline.sequences import MAX_HEADER_BYTES, decode_sequence
+from pipeline.readers.npy_headers import MAX_HEADER_BYTES
+from pipeline.sequences import decode_sequence
 from pipeline.settings import DataConfig
 
 DATA = DataConfig(sources=("x",), sequence_shape=(2, 5))
@@ -117,7 +118,7 @@ def test_what_is_no_real_number_is_refused(values: np.ndarray) -> None:
 
 
 def test_an_empty_file_is_refused() -> None:
-    assert refusal(b"") == ("empty", "there are no bytes in it")
+    assert refusal(b"") == ("empty", "the file is empty")
 
 
 def test_a_file_that_is_cut_short_is_refused() -> None:
@@ -125,6 +126,10 @@ def test_a_file_that_is_cut_short_is_refused() -> None:
     for size in (6, 8, 11, 50, 128, len(content) - 1):
         assert refusal(content[:size])[0] == "truncated"
     assert refusal(content[:-1])[1] == "it holds 79 of 80 bytes of values"
+
+
+def test_a_file_with_more_than_the_array_is_refused() -> None:
+    assert refusal(npy(VALUES) + b"\0") == ("undecodable", "more follows the array")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_single_channel_may_be_left_out() -> None:
         (npy(sequences(3, 8)), "wrong_shape"),
         (npy(np.array(1.0)), "wrong_shape"),
         (npy(sequences(3, 1, 2, 4)), "wrong_shape"),
-        (header((-1, 2, 4)), "wrong_shape"),
+        (header((-1, 2, 4)), "undecodable"),
         (header((1 << 63, 2, 4)), "wrong_shape"),
         (npy(np.zeros((3, 2, 4), bool)), "undecodable"),
         (npy(np.zeros((3, 2, 4), np.complex64)), "undecodable"),
@@ -142,13 +142,39 @@ def test_a_truncated_file_counts_the_sequences_missing(kept: int) -> None:
 
 def test_a_truncated_file_in_fortran_order_is_refused_whole() -> None:
     content = npy(np.asfortranarray(sequences(5, 2, 4)))
-    assert refusals(read(content[:-1])) == [("", "truncated", 1)]
+    assert refusals(read(content[:-1])) == [("", "truncated", 5)]
 
 
 def test_more_bytes_than_promised_are_told() -> None:
-    entries = read(npy(sequences(2, 2, 4)) + npy(sequences(3, 2, 4)))
-    assert len(entries) == 3
-    assert refusals(entries) == [("", "unreadable_tail", 1)]
+    for more, count in ((b"x", 1), (bytes(32 * 3 + 1), 3)):
+        entries = read(npy(sequences(2, 2, 4)) + more)
+        assert len(entries) == 3
+        assert refusals(entries) == [("", "unreadable_tail", count)]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_one_sequence_and_more_is_refused_and_not_used(order: Any) -> None:
+    content = npy(np.asarray(sequences(2, 4), order=order)) + b"x"
+    assert refusals(read(content, member="a.npy")) == [("a.npy", "undecodable", 1)]
+    assert len(read(content)) == 1
+    assert refusals(read(content[:-2], member="a.npy")) == [("a.npy", "truncated", 1)]
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_format_is_read(version: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    npy_format.write_array(buffer, sequences(3, 2, 4), version)
+    assert np.array_equal(stack(read(buffer.getvalue())), sequences(3, 2, 4))
+
+
+def test_a_file_of_many_that_cannot_be_read_hides_them_and_one_of_one_does_not() -> None:
+    def hides(content: bytes) -> list[bool]:
+        return [entry.hides_more for entry in read(content) if isinstance(entry, Refusal)]
+
+    assert hides(npy(sequences(3, 2, 5))) == [True]
+    assert hides(b"no npy file") == [True]
+    assert hides(npy(sequences(2, 4))[:-1]) == [False]
+    assert hides(npy(sequences(3, 2, 4))[:-1]) == [False]
 
 
 def test_a_hostile_shape_is_counted_not_allocated() -> None:
@@ -220,14 +246,15 @@ def test_labels_are_numbers_or_names(labels: np.ndarray, expected: list[Any]) ->
         (np.array(["x" * 2000] * 5), 0, "labels must be [N] numbers or text"),
     ],
 )
-def test_sequences_whose_labels_cannot_be_read_have_none(
+def test_sequences_that_labels_lack_for_are_refused_once(
     labels: np.ndarray, known: int, fault: str
 ) -> None:
     *items, refusal = read_npz(npz(x=sequences(5, 2, 4), y=labels))
-    assert [e.label for e in items if isinstance(e, Item)] == [*range(known), *[None] * (5 - known)]
+    assert [e.label for e in items if isinstance(e, Item)] == [*range(known)]
+    assert len(items) == known
     assert isinstance(refusal, Refusal)
     assert (refusal.member, refusal.reason) == ("y.npy", "label_invalid")
-    assert refusal.count == max(1, 5 - known)
+    assert refusal.count == 5 - known
     assert fault in refusal.detail
 
 
@@ -238,6 +265,20 @@ def test_the_config_names_the_arrays() -> None:
     assert entries[0].member == "a.npy"  # ignored
     assert np.array_equal(stack(entries), named["b"])
     assert [entry.label for entry in entries[1:] if isinstance(entry, Item)] == [0, 1]
+
+
+@pytest.mark.parametrize("field", ["klass", "x"])
+def test_an_array_of_labels_that_the_config_names_must_be_there(field: str) -> None:
+    content = npz(x=sequences(2, 2, 4), label=np.arange(2))
+    data = DATA.model_copy(update={"label_field": field, "content_field": "x"})
+    with pytest.raises(DataError, match=rf"has no array {field} of labels; it holds x, label\. "):
+        read_npz(content, data)
+
+
+def test_an_empty_name_of_the_array_reads_no_labels() -> None:
+    content = npz(x=sequences(2, 2, 4), y=np.zeros((2, 3)))
+    entries = read_npz(content, DATA.model_copy(update={"label_field": "", "content_field": "x"}))
+    assert [entry.label for entry in entries if isinstance(entry, Item)] == [None, None]
 
 
 @pytest.mark.parametrize(

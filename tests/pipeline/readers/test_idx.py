@@ -66,9 +66,10 @@ def test_a_truncated_file_counts_the_images_missing(kept: int) -> None:
 
 
 def test_more_bytes_than_promised_are_told() -> None:
-    entries = read(idx(pixels(2, 3, 3)) + b"x")
-    assert len(entries) == 3
-    assert refusals(entries) == [("", "unreadable_tail", 1)]
+    for more, count in ((b"x", 1), (bytes(9 * 4 + 1), 4)):
+        entries = read(idx(pixels(2, 3, 3)) + more)
+        assert len(entries) == 3
+        assert refusals(entries) == [("", "unreadable_tail", count)]
 
 
 def test_broken_compression_counts_the_images_missing() -> None:
@@ -125,16 +126,15 @@ def test_no_images_are_no_entries() -> None:
         (b"\x1f\x8b\x08 no gzip", 0, "the gzip data is"),
     ],
 )
-def test_images_whose_labels_cannot_be_read_have_none(
+def test_images_that_labels_lack_for_are_refused_once(
     labels: bytes, known: int, fault: str
 ) -> None:
     *items, refusal = read(idx(pixels(5, 2, 2)), labels)
-    assert [item.label for item in items if isinstance(item, Item)] == [0] * known + [None] * (
-        5 - known
-    )
+    assert [item.label for item in items if isinstance(item, Item)] == [0] * known
+    assert len(items) == known
     assert isinstance(refusal, Refusal)
     assert (refusal.member, refusal.reason) == ("labels", "label_invalid")
-    assert refusal.count == max(1, 5 - known)
+    assert refusal.count == 5 - known
     assert fault in refusal.detail
 
 
@@ -157,4 +157,6 @@ def test_no_damage_raises_and_every_image_is_accounted_for(
     for damaged in iter_damaged(compress(images), 300):
         assert read(damaged, labels)
     for damaged in iter_damaged(compress(labels), 300):
-        assert sum(isinstance(entry, Item) for entry in read(images, damaged)) == 20
+        entries = read(images, damaged)
+        stored = sum(isinstance(entry, Item) for entry in entries)
+        assert stored + sum(count for _, _, count in refusals(entries)) == 20

@@ -95,3 +95,16 @@ def test_the_directory_is_the_class_where_no_file_says_otherwise() -> None:
 
 def test_the_field_of_the_object_is_that_of_the_config() -> None:
     assert label_of({".json": b'{"label": 1, "breed": "pug"}'}, "breed") == "pug"
+    assert label_of({".json": b'{"breed": null}'}, "breed", "dogs") is None
+
+
+@pytest.mark.parametrize("content", [b'{"label": 1}', b"[1]", b"{}"])
+def test_a_field_that_the_config_names_must_be_there(content: bytes) -> None:
+    with pytest.raises(Refused, match=r"the \.json file has no field breed") as caught:
+        label_of({".json": content, ".txt": b"7"}, "breed", "dogs")
+    assert caught.value.reason == "label_missing"
+
+
+def test_an_empty_field_reads_no_object() -> None:
+    assert label_of({".json": b'{"": 1, "label": 2}'}, "") is None
+    assert label_of({".json": b'{"label": 2}'}, "", "dogs") == "dogs"

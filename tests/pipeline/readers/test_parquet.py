@@ -105,8 +105,21 @@ def test_a_label_that_is_no_utf8_is_refused() -> None:
 
 @pytest.mark.parametrize("labels", [[1.0], [True], [[1, 2]], [{"a": 1}]])
 def test_a_column_of_labels_that_are_no_classes_is_a_fault_of_the_config(labels: Any) -> None:
-    with pytest.raises(DataError, match="The column label of a Parquet file holds no classes but"):
+    with pytest.raises(DataError, match="has in its column label no classes but"):
         read(write({"image": images(1), "label": labels}))
+
+
+@pytest.mark.parametrize("field", ["klass", "image"])
+def test_a_column_of_labels_that_the_config_names_must_be_there(field: str) -> None:
+    content = write({"image": images(1), "label": [1]})
+    with pytest.raises(DataError, match=rf"has no column {field} of labels; .* it has label\. Set"):
+        read(content, DATA.model_copy(update={"label_field": field}))
+
+
+def test_an_empty_name_of_the_column_reads_no_labels() -> None:
+    content = write({"image": [b"a"], "label": [1.5]})
+    data = DATA.model_copy(update={"label_field": ""})
+    assert read(content, data) == [Item("row 00000000", b"a", None)]
 
 
 def test_a_row_without_an_image_is_refused() -> None:
