@@ -104,9 +104,9 @@ def make_idx() -> bytes:
     return header + RNG.integers(0, 256, NUM_ITEMS * SIDE * SIDE, np.uint8).tobytes()
 
 
-def make_npy(dtype: str = "<f4") -> bytes:
+def make_npy(*shape: int, dtype: str = "<f4") -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, RNG.normal(size=(NUM_ITEMS * 4, 2, 16)).astype(dtype))
+    np.save(buffer, RNG.normal(size=shape).astype(dtype))
     return buffer.getvalue()
 
 
@@ -137,8 +137,9 @@ def make_shards() -> dict[str, bytes]:
 def make_sequences() -> dict[str, bytes]:
     nested = RNG.normal(size=(NUM_ITEMS, 2, 16)).astype(np.float32).tolist()
     return {
-        "single.npy": make_npy(),
-        "double.npy": make_npy("<f8"),
+        "one.npy": make_npy(2, 16),
+        "single.npy": make_npy(NUM_ITEMS, 2, 16),
+        "double.npy": make_npy(4 * NUM_ITEMS, 2, 16, dtype="<f8"),
         "plain.npz": make_npz(np.savez),
         "deflated.npz": make_npz(np.savez_compressed),
         "rows.parquet": make_parquet({"sequence": nested, "label": list(range(NUM_ITEMS))}),
@@ -258,6 +259,7 @@ def main() -> None:
     }
     reasons = Counter(r for found in outcomes.values() for unit in found for r in unit["reasons"])
     document = {
+        "num_items": {"one.npy": 1, "double.npy": 4 * NUM_ITEMS, "": NUM_ITEMS},
         "num_files": share * len(everything),
         "loose": sorted(loose),
         "outcomes": outcomes,

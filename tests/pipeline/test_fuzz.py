@@ -33,6 +33,17 @@ def test_every_malformed_file_is_accepted_or_quarantined(
             assert len(set(accepted)) == len(accepted), unit["shard"]
             assert not set(accepted) & set(refused), unit["shard"]
             assert accepted or refused, (kind, unit["shard"])
+    # Nothing is lost unseen: whoever does not give all that the good file held says why.
+    for unit in found["outcomes"]["shards"] + found["outcomes"]["sequences"]:
+        for file in unit["files"]:
+            accepted, refused = (
+                [name for name in unit[kind] if name == file or name.startswith(f"{file}/")]
+                for kind in ("accepted", "refused")
+            )
+            kind = file.partition("-")[2]
+            expected = found["num_items"].get(kind, found["num_items"][""])
+            left_out = unit["left_out"].get("name", 0)
+            assert refused or len(accepted) + left_out >= expected, (file, unit)
     # Of a file that holds one image, exactly one thing became.
     loose = [
         name.rpartition("/")[2]
