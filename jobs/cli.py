@@ -65,15 +65,16 @@ def preprocess(
     inspect: Annotated[
         bool, typer.Option("--inspect", help="print the manifest and draw a contact sheet")
     ] = False,
-    output: Annotated[Path, typer.Option(help="the contact sheet, a PNG file")] = Path(
-        "contact_sheet.png"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="the contact sheet, a PNG file; otherwise beside the data set"),
+    ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
     no_wait: NoWait = False,
 ) -> None:
     """Turn the images into Arrow shards."""
-    _run_steps(config, set_, as_json, no_wait, ("preprocess",), output if inspect else None)
+    _run_steps(config, set_, as_json, no_wait, ("preprocess",), inspect=inspect, output=output)
 
 
 @app.command()
@@ -250,7 +251,9 @@ def _run_steps(
     as_json: bool,
     no_wait: bool,
     targets: tuple[str, ...],
-    contact_sheet: Path | None = None,
+    *,
+    inspect: bool = False,
+    output: Path | None = None,
 ) -> None:
     console = Console(stderr=as_json)
     printer = EventPrinter(console)
@@ -270,24 +273,24 @@ def _run_steps(
                 wait_for_lease=not no_wait,
             )
         seconds = time.monotonic() - started
-        document = _inspect(outcome, contact_sheet) if contact_sheet is not None else None
+        inspected = _inspect(outcome, output) if inspect else {}
         if as_json:
-            shown = {"dataset": document, "contact_sheet": str(contact_sheet)} if document else {}
-            _print_json(_outcome_json(outcome, seconds) | shown)
+            _print_json(_outcome_json(outcome, seconds) | inspected)
             return
         _show_outcome(console, outcome, seconds)
-        if document is not None and contact_sheet is not None:
-            show_dataset(console, document, contact_sheet)
+        if inspected:
+            show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
 
 
-def _inspect(outcome: Outcome, contact_sheet: Path) -> dict[str, Any]:
-    """The document of the data set; draws its contact sheet."""
+def _inspect(outcome: Outcome, output: Path | None) -> dict[str, Any]:
+    """The document of the data set, and where its contact sheet was drawn."""
     from pipeline.dataset import read_dataset
     from pipeline.report.contact_sheet import write_contact_sheet
 
     manifest = outcome.manifests["preprocess"]
-    write_contact_sheet(outcome.plan.storage, manifest, contact_sheet)
-    return read_dataset(outcome.plan.storage, manifest)
+    contact_sheet = write_contact_sheet(outcome.plan.storage, manifest, output)
+    dataset = read_dataset(outcome.plan.storage, manifest)
+    return {"dataset": dataset, "contact_sheet": contact_sheet}
 
 
 def _say_what_is_left(console: Console, config: Config, planned: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -14,7 +13,7 @@ CLASSES_SHOWN, REFUSED_SHOWN, LABELS_SHOWN = 20, 10, 5
 LINE_CHARACTERS = 120  # of a name that may hold anything
 
 
-def show_dataset(console: Console, document: Mapping[str, Any], contact_sheet: Path) -> None:
+def show_dataset(console: Console, document: Mapping[str, Any], contact_sheet: str) -> None:
     """Prints what a preprocessed data set holds, what it does not hold and why."""
     from pipeline.readers.names import show  # numpy: only here
 
@@ -41,7 +40,7 @@ def show_dataset(console: Console, document: Mapping[str, Any], contact_sheet: P
         + (f"; by name such as {such_as}" if such_as else ""),
         "animated": f"{n:,}, of each the first frame" if (n := document["animated"]) else "",
         "refused": f"{document['refused']['count']:,}",
-        "contact sheet": str(contact_sheet),
+        "contact sheet": show(contact_sheet),
     }
     for heading, text in rows.items():
         if text:

@@ -34,22 +34,32 @@ PAPER, INK, MUTED = "#eef1f5", "#1f2933", "#616e7c"
 COLOURS = ("#0b6e99", "#d1495b", "#4f8a10", "#8d5fb0", "#c77700", "#3f4e5e")  # of channels
 
 
-def write_contact_sheet(storage: Storage, manifest: Mapping[str, Any], path: Path) -> None:
+def write_contact_sheet(
+    storage: Storage, manifest: Mapping[str, Any], path: Path | None = None
+) -> str:
     """Draws the contact sheet of a preprocessed data set into a PNG file, whole or not at all.
 
     Args:
         storage: the root.
         manifest: of the step `preprocess`.
-        path: the file, in a directory that is there.
+        path: the file, in a directory that is there; none: beside the data set in the storage
+            root, where it can be no input of the next run.
+
+    Returns:
+        Where it is.
 
     Raises:
         ConfigError: the file cannot be written.
-        StorageError: the data set is damaged.
+        StorageError: the data set is damaged, or the storage root cannot be written.
     """
     document = read_dataset(storage, manifest)
     items = open_shards(storage, document, document["shards"], "train")
     buffer = io.BytesIO()
     draw_contact_sheet(document, items).save(buffer, "PNG")
+    if path is None:
+        place = f"steps/{manifest['step']}/{manifest['key']}/contact_sheet.png"
+        storage.replace(place, buffer.getvalue())
+        return f"{storage.uri}/{place}"
     staged = path.parent / f".{path.name}-{os.getpid()}"
     try:
         try:
@@ -62,6 +72,7 @@ def write_contact_sheet(storage: Storage, manifest: Mapping[str, Any], path: Pat
             f"Cannot write {path}: {error.strerror}. Give another --output, in a directory that "
             "is there."
         ) from error
+    return str(path)
 
 
 def draw_contact_sheet(document: Mapping[str, Any], items: ArrowItems) -> Image.Image:

@@ -74,7 +74,7 @@ def show(tmp_path: Path) -> Callable[..., list[str]]:
             units.append({**unit, "files": [], "splits": splits, "left_out": {}, "refused": []})
         document = make_document(data, LocalStorage(str(tmp_path)), shards, units, ignored)
         output = io.StringIO()
-        show_dataset(Console(file=output, width=40), document, Path("here/sheet.png"))
+        show_dataset(Console(file=output, width=40), document, "here/sheet.png")
         return output.getvalue().splitlines()
 
     return run
@@ -211,6 +211,11 @@ def test_inspect_prints_and_draws(
     assert (tiny_config.parent / "b.png").read_bytes() == (
         tiny_config.parent / "a.png"
     ).read_bytes()
+
+    done = run_cli("preprocess", str(tiny_config), *options[:-1], cwd=tiny_config.parent)
+    (sheet,) = tiny_config.parent.glob("runs/steps/preprocess/*/contact_sheet.png")
+    assert f"contact sheet  {sheet}" in done.stdout
+    assert sheet.read_bytes() == (tiny_config.parent / "a.png").read_bytes()
 
     done = run_cli("preprocess", str(tiny_config), *options, "no/b.png", cwd=tiny_config.parent)
     assert done.returncode == 2

@@ -204,6 +204,19 @@ def test_sequences_of_one_value_are_a_line_in_the_middle(
     assert np.abs(inked - PLOT_PX[1] / 2).max() < 3
 
 
+def test_a_sheet_is_by_default_beside_the_data_set(
+    draw: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    draw(grey([1] * 12))
+    storage = LocalStorage(str(tmp_path / "root"))
+    text = storage.read("steps/preprocess/k/dataset.json")
+    artifact = {"file": "dataset.json", "sha256": hashlib.sha256(text).hexdigest()}
+    manifest = {"step": "preprocess", "key": "k", "artifacts": {"dataset.json": artifact}}
+    path = Path(write_contact_sheet(storage, manifest))
+    assert path == tmp_path / "root" / "steps" / "preprocess" / "k" / "contact_sheet.png"
+    assert path.read_bytes() == (tmp_path / "sheet.png").read_bytes()
+
+
 def test_a_sheet_is_replaced_whole(draw: Callable[..., np.ndarray], tmp_path: Path) -> None:
     first = draw(grey([1] * 12))
     second = draw(grey([2] * 12))
