@@ -4,6 +4,7 @@ The file chooses, `--set a.b=c` nudges. All faults are reported at once, an unkn
 nearest valid one.
 """
 
+import contextlib
 import difflib
 import glob
 import json
@@ -21,7 +22,7 @@ from pipeline.settings import Config
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies `a.b=c` overrides, and validates the whole.
 
-    Relative `data.sources` are resolved against the file's directory.
+    Relative `data.sources` are resolved against the file's directory, `~` is the home directory.
 
     Args:
         path: of the TOML file.
@@ -52,9 +53,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply_override(values, override)
     config = _validate(values, source=str(path))
     base = path.resolve().parent
-    home = Path(glob.escape(str(base)))  # a directory may be called [a]
-    sources = tuple(s if "://" in s else str(home / s) for s in config.data.sources)
+    sources = tuple(_resolve(source, base) for source in config.data.sources)
     return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+
+
+def _resolve(source: str, base: Path) -> str:
+    """A source as an absolute path or glob, or the URI that it is."""
+    if "://" in source:
+        return source
+    first, _, rest = source.partition("/")
+    if first.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user: a file may be called so
+            base, source = Path(first).expanduser(), rest
+    return str(Path(glob.escape(str(base)), source))  # a directory may be called [a]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -25,6 +25,19 @@ def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
     assert config.data.sources == (str(tmp_path / "a.tar"),)
 
 
+def test_sources_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "[home]"))
+    sources = '["~/in/*.tar", "~", "~nobody-is-called-so/a.tar", "a~.tar", "s3://b/~"]'
+    path = write(tmp_path, MINIMAL.replace('["a.tar"]', sources))
+    assert load_config(path).data.sources == (
+        f"{tmp_path}/[[]home]/in/*.tar",
+        f"{tmp_path}/[[]home]",
+        f"{tmp_path}/~nobody-is-called-so/a.tar",
+        f"{tmp_path}/a~.tar",
+        "s3://b/~",
+    )
+
+
 def test_digits_is_valid() -> None:
     config = load_config(Path(__file__).parents[2] / "examples" / "digits" / "digits.toml")
     assert config.name == "digits"
