@@ -1,10 +1,16 @@
 """Input and storage root on S3, by its real protocol."""
 
+import gzip
 import io
+import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.convert import preprocess_shard
@@ -14,7 +20,9 @@ from pipeline.sources import list_inputs
 from pipeline.storage import open_storage
 from pipeline.units import missing_units, unit_directory
 
-DATA = {"resolution": 8, "mode": "L", "validation_fraction": 0.0, "test_fraction": 0.0}
+IMAGES: dict[str, Any] = {"resolution": 8, "mode": "L"}
+SPLITS: dict[str, Any] = {"validation_fraction": 0.0, "test_fraction": 0.0}
+DATA = IMAGES | SPLITS
 
 
 def tar_of(*members: tuple[str, bytes]) -> bytes:
@@ -74,20 +82,56 @@ def test_what_is_known_is_not_read_again(object_store: Any, make_png: Callable[.
     assert tars_read()[1:3] == [f"/{bucket}/in/1.tar"] * 2
 
 
+def files_of(format_: str, make_png: Callable[..., bytes]) -> dict[str, bytes]:
+    """Files of a format with 8 items, by name."""
+    pngs = {f"{'cats' if k % 2 else 'dogs'}/{k}.png": make_png(k) for k in range(8)}
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8), np.uint8)
+    sequences = np.random.default_rng(0).normal(size=(8, 2, 16)).astype(np.float32)
+    match format_:
+        case "tar":
+            return {"a.tar": tar_of(*pngs.items())}
+        case "files":
+            return pngs
+        case "zip":
+            with zipfile.ZipFile(buffer, "w") as archive:
+                for name, content in pngs.items():
+                    archive.writestr(name, content)
+        case "parquet":
+            images = [{"bytes": content, "path": name} for name, content in pngs.items()]
+            pq.write_table(pa.table({"image": images, "label": [0, 1] * 4}), buffer)
+        case "idx":
+            images = b"\0\0\x08\x03" + struct.pack(">3I", *pixels.shape) + pixels.tobytes()
+            labels = b"\0\0\x08\x01" + struct.pack(">I", 8) + bytes([0, 1] * 4)
+            return {
+                "images-idx3-ubyte.gz": gzip.compress(images),
+                "labels-idx1-ubyte": labels,
+            }
+        case "npz":
+            np.savez(buffer, x=sequences, label=np.arange(8) % 2)
+        case "npy":
+            np.save(buffer, sequences)
+    return {f"a.{format_}": buffer.getvalue()}
+
+
+@pytest.mark.parametrize("format_", ["tar", "files", "zip", "parquet", "idx", "npz", "npy"])
 def test_the_same_bytes_from_and_to_a_bucket_as_on_a_disk(
-    tmp_path: Any, object_store: Any, make_png: Callable[..., bytes]
+    tmp_path: Any, object_store: Any, make_png: Callable[..., bytes], format_: str
 ) -> None:
     store, bucket = object_store
-    content = tar_of(*((f"{k}.png", make_png(k)) for k in range(20)))
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.tar").write_bytes(content)
-    store.filesystem.pipe_file(f"{bucket}/in/a.tar", content)
+    for name, content in files_of(format_, make_png).items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        store.filesystem.pipe_file(f"{bucket}/in/{name}", content)
+    kind: dict[str, Any] = {"sequence_shape": (2, 16)} if format_ in ("npz", "npy") else IMAGES
     found = []
     for source, root in (
-        (f"{tmp_path}/in/*.tar", str(tmp_path / "root")),
-        (f"s3://{bucket}/in/*.tar", f"s3://{bucket}/root"),
+        (f"{tmp_path}/in", str(tmp_path / "root")),
+        (f"s3://{bucket}/in", f"s3://{bucket}/root"),
     ):
-        data, storage = DataConfig(sources=(source,), **DATA), open_storage(root)
+        data = DataConfig(sources=(source,), **SPLITS, **kind)
+        storage = open_storage(root)
         (shard,) = list_inputs(data, storage).shards
         assert missing_units([shard], data, storage) == [shard]
         manifest = preprocess_shard(shard, data, storage)
@@ -96,6 +140,9 @@ def test_the_same_bytes_from_and_to_a_bucket_as_on_a_disk(
         names = storage.list(directory)
         found.append((directory, manifest, {n: storage.read(f"{directory}/{n}") for n in names}))
     assert found[0] == found[1]
+    train = found[0][1]["splits"]["train"]
+    assert (train["count"], train["unlabelled"]) == (8, 8 if format_ in ("npy", "tar") else 0)
+    assert found[0][1]["refused"] == []
 
 
 def test_an_object_that_changes_while_it_is_read_is_noticed(
