@@ -7,24 +7,30 @@ file checks that its content is still that of its hash.
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import DataError, RaydiffusionError, StorageError
+from pipeline.errors import DataError, RaydiffusionError
+from pipeline.escaping import show
+from pipeline.known_hashes import KnownHashes
 from pipeline.storage import Storage
 
 READ_BYTES = 1 << 20
 HASH_THREADS = 8
+SAVE_BYTES = 1 << 28  # hashed between two saves of what is remembered
 CLOCK_TICK_S = 0.02  # file times are no finer; two changes within one look like one
-_STAMPS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+_STAMPS = (  # those of the content, or else those of time, which stores tell in several ways
+    ("ETag", "etag", "md5Hash", "Content-MD5", "Digest"),
+    ("LastModified", "Last-Modified", "last_modified", "mtime", "created"),
+)
 
 OnHash = Callable[[int, int], None]
 
@@ -37,12 +43,15 @@ class InputFile:
     """A file of the input.
 
     Args:
-        name: its path below the fixed part of the pattern that matches it.
+        name: its path below the fixed part of the pattern that matches it, or more of it where
+            two would be alike; printable.
         uri: local path or fsspec URI.
         num_bytes: its size.
         identity: what changes when the content does; None: nothing tells.
         sha256: of the content; None: it is remote and was not read yet.
         is_named: by its own path, not by a glob or directory.
+        class_name: of the directory it lies in below the fixed part, as it is; empty at the top.
+        fault: why it is no file to read, in words; empty where it is one.
     """
 
     name: str
@@ -51,6 +60,8 @@ class InputFile:
     identity: Identity | None
     sha256: str | None = None
     is_named: bool = False
+    class_name: str = ""
+    fault: str = ""
 
     @property
     def is_remote(self) -> bool:
@@ -63,56 +74,73 @@ def identity_of(facts: os.stat_result | dict[str, Any]) -> tuple[int, Identity |
     if isinstance(facts, os.stat_result):
         stamps = (facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
         return facts.st_size, (facts.st_size, *stamps)
-    found = [str(facts[key]) for key in _STAMPS if facts.get(key) is not None]
-    return facts["size"], (facts["size"], *found) if found else None
+    for keys in _STAMPS:
+        found = [facts[key] for key in keys if facts.get(key) is not None]
+        if found:
+            stamps = (str(v.timestamp() if isinstance(v, datetime) else v) for v in found)
+            return facts["size"], (facts["size"], *stamps)
+    return facts["size"], None
+
+
+def is_web(uri: str) -> bool:
+    """Whether it is read by HTTP."""
+    return uri.startswith(("http://", "https://"))
 
 
 def hash_files(
     files: Sequence[InputFile],
     storage: Storage,
-    source: str,
     *,
     read_remote: bool,
     on_hash: OnHash | None = None,
 ) -> list[InputFile]:
     """The files with their hashes, from memory where the identity is unchanged.
 
+    Hashes are remembered as they are made, so that a kill loses little of the work.
+
     Args:
-        files: what a source matches.
+        files: what the sources match.
         storage: the root that remembers.
-        source: the pattern; each has a memory of its own.
         read_remote: whether unknown remote files are read; otherwise they get no hash.
         on_hash: told the number of files and bytes about to be read.
 
     Raises:
         DataError: a file cannot be read.
     """
-    path = f"cache/identities/{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
-    remembered = _remembered(storage, path)
-    hashes = {
-        file.uri: entry["sha256"]
-        for file in files
-        if (entry := remembered.get(file.uri)) is not None
-        and file.identity is not None
-        and entry["identity"] == list(file.identity)
-    }
+    known = KnownHashes(storage, (file.uri for file in files))
+    hashes = {f.uri: hashlib.sha256(f.fault.encode()).hexdigest() for f in files if f.fault}
+    for file in files:
+        if file.identity is not None and (sha256 := known.get(file.uri, file.identity)):
+            hashes[file.uri] = sha256
     unknown = [f for f in files if f.uri not in hashes and (read_remote or not f.is_remote)]
     if unknown:
         if on_hash is not None:
             on_hash(len(unknown), sum(file.num_bytes for file in unknown))
         _outlast_the_clock_tick(unknown)
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            uris = [file.uri for file in unknown]
-            hashes |= dict(zip(uris, pool.map(_hash, uris), strict=True))
-    known = {
-        file.uri: {"identity": list(file.identity), "sha256": hashes[file.uri]}
-        for file in files
-        if file.uri in hashes and file.identity is not None
-    }
-    if known != remembered:
-        with contextlib.suppress(StorageError):  # a cache; the preflight judges the root
-            storage.replace(path, json.dumps(known).encode())
+        num_unsaved = 0
+        try:
+            for file, sha256 in _iter_hashes(unknown):
+                hashes[file.uri] = sha256
+                if file.identity is not None:
+                    known.add(file.uri, file.identity, sha256)
+                num_unsaved += file.num_bytes
+                if num_unsaved >= SAVE_BYTES:
+                    known.save()
+                    num_unsaved = 0
+        finally:
+            known.save()
     return [replace(file, sha256=hashes.get(file.uri)) for file in files]
+
+
+def _iter_hashes(files: Sequence[InputFile]) -> Iterator[tuple[InputFile, str]]:
+    """Each file with its hash, in the order in which they are done."""
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        try:
+            futures = {pool.submit(_hash, file.uri): file for file in files}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -175,6 +203,8 @@ class CheckedReader:
         """
         with as_data_error(self._uri):
             content = self._file.read(size)
+            while 0 < len(content) < size and (more := self._file.read(size - len(content))):
+                content += more  # what comes by HTTP comes in pieces
         if self._digest is not None:
             self._digest.update(content)
         return content
@@ -197,8 +227,8 @@ def as_data_error(uri: str) -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(
-            f"Cannot read {uri}: {reason}. Check that it exists, that it may be read, and for "
-            "s3:// or gs:// that raydiffusion[s3] or [gcs] is installed."
+            f"Cannot read {show(uri)}: {show(reason)}. Check that it exists, that it may be read, "
+            "and for s3:// or gs:// that raydiffusion[s3] or [gcs] is installed."
         ) from error
 
 
@@ -209,7 +239,9 @@ def _open(uri: str) -> Iterator[Any]:
             if "://" in uri:
                 import fsspec
 
-                file: Any = stack.enter_context(fsspec.open(uri, "rb"))
+                # Servers that give no ranges are read from the start to the end.
+                options: Any = {"block_size": 0} if is_web(uri) else {}
+                file: Any = stack.enter_context(fsspec.open(uri, "rb", **options))
             else:
                 file = stack.enter_context(Path(uri).open("rb"))
         yield file
@@ -237,13 +269,6 @@ def _outlast_the_clock_tick(files: Sequence[InputFile]) -> None:
 
 def _changed(uri: str) -> DataError:
     return DataError(
-        f"{uri} changed since the run was planned. Run the same command again: it takes the input "
-        "as it is then."
+        f"{show(uri)} changed since the run was planned. Run the same command again: it takes the "
+        "input as it is then."
     )
-
-
-def _remembered(storage: Storage, path: str) -> dict[str, Any]:
-    try:
-        return json.loads(storage.read(path))
-    except (FileNotFoundError, json.JSONDecodeError, StorageError):
-        return {}  # a cache: without it every file is read once more

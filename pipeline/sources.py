@@ -1,22 +1,23 @@
-"""The input: which shards there are, found by path, glob or URI, and what each is made of.
+"""The input: which shards there are, and what each is made of.
 
 A shard is one tar, zip, Parquet, npy or npz file, or an IDX file with its labels; it is the unit
 of preprocessing. Loose images are gathered into buckets by the hash of their path, so that a new
-file changes one bucket. What identifies a file's content is in `identities.py`; what is inside a
-shard is read by `readers/`.
+file changes one bucket. Which files a pattern names is found in `patterns.py`; what identifies a
+file's content is in `identities.py`; what is inside a shard is read by `readers/`.
 """
 
-import glob
 import hashlib
-import os
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pipeline.errors import DataError
-from pipeline.identities import InputFile, OnHash, as_data_error, hash_files, identity_of
+from pipeline.escaping import show
+from pipeline.identities import InputFile, OnHash, hash_files
+from pipeline.patterns import match, match_beside
 from pipeline.settings import DataConfig
 from pipeline.storage import Storage
 
@@ -52,13 +53,13 @@ class InputShard:
 
     @property
     def sha256(self) -> str | None:
-        """The hash of the content, file names included where there are several."""
+        """The hash of the content; names and classes included where there are several files."""
         if any(file.sha256 is None for file in self.files):
             return None
         if self.format != "files" and len(self.files) == 1:
             return self.files[0].sha256
-        text = "".join(f"{file.sha256} {file.name}\0" for file in self.files)
-        return hashlib.sha256(text.encode()).hexdigest()
+        parts = [f"{f.sha256} {f.name}\0{f.class_name}\0" for f in self.files]
+        return hashlib.sha256("".join(parts).encode(errors="surrogatepass")).hexdigest()
 
     @property
     def num_bytes(self) -> int:
@@ -92,35 +93,59 @@ def list_inputs(
         on_hash: told the number of files and bytes that are about to be read.
 
     Raises:
-        DataError: a source matches nothing, or cannot be read.
+        DataError: a source matches nothing or cannot be read, or a shard is no file.
     """
-    files: dict[str, InputFile] = {}  # by name
+    found: dict[str, InputFile] = {}  # by URI, for patterns may overlap
+    uris: dict[str, set[str]] = {}  # by pattern
     ignored: set[str] = set()
     for pattern in data.sources:
-        matches = _with_labels(_match(pattern))
-        found = [f for f in matches if _is_wanted(f, pattern, data)]
-        ignored.update({f.name for f in matches} - {f.name for f in found})
-        if not found:
-            raise DataError(
-                f"There are no {'sequences' if data.is_sequence else 'images'} at {pattern}. Check "
-                "data.sources: each is a file, a directory, a glob such as shards/*.tar, or a URI."
-            )
-        if not any(file.num_bytes for file in found):
-            what = found[0].name + (" and all others there are" if len(found) > 1 else " is")
-            raise DataError(
-                f"{what} empty (0 bytes), at {pattern}. Write it again or leave it out of "
-                "data.sources."
-            )
-        hashed = hash_files(found, storage, pattern, read_remote=read_remote, on_hash=on_hash)
-        known = {f.uri for f in files.values()}
-        for file in hashed:
-            if file.uri not in known:  # patterns may overlap
-                name = file.name
-                if name in files:  # another source has a file of this name: use the whole path
-                    name = file.uri.split("://", 1)[-1].lstrip("/")
-                files[name] = replace(file, name=name)
-    shards = [*_containers(files.values(), data), *_buckets(files.values(), data)]
+        matches = _with_labels(match(pattern, storage), storage)
+        wanted = [file for file in matches if _is_wanted(file, pattern, data)]
+        ignored.update({file.name for file in matches} - {file.name for file in wanted})
+        uris[pattern] = {file.uri for file in wanted}
+        for file in wanted:
+            found.setdefault(file.uri, file)
+    files = _with_unique_names(found.values())
+    shards = [*_containers(files, data), *_buckets(files, data)]
+    used = {file.uri: file for shard in shards for file in shard.files}
+    ignored.update(file.name for file in files if file.uri not in used)  # labels of no images
+    for pattern in data.sources:
+        _check_pattern(pattern, [used[uri] for uri in uris[pattern] if uri in used], data)
+    hashed = hash_files(list(used.values()), storage, read_remote=read_remote, on_hash=on_hash)
+    known = {file.uri: file for file in hashed}
+    shards = [replace(s, files=tuple(known[file.uri] for file in s.files)) for s in shards]
     return Inputs(sorted(shards, key=lambda shard: shard.name), sorted(ignored))
+
+
+def _check_pattern(pattern: str, files: Sequence[InputFile], data: DataConfig) -> None:
+    """Raises where a pattern gives nothing to read."""
+    present = [file for file in files if not file.fault]
+    if not present:
+        braces = " Braces such as {0..9} are not expanded." if "{" in pattern else ""
+        raise DataError(
+            f"There are no {'sequences' if data.is_sequence else 'images'} at {show(pattern)}. "
+            "Check data.sources: each is a file, a directory, a glob such as shards/*.tar, or a "
+            f"URI.{braces}"
+        )
+    if not any(file.num_bytes for file in present):
+        what = present[0].name + (" and all others there are" if len(present) > 1 else " is")
+        raise DataError(
+            f"{what} empty (0 bytes), at {show(pattern)}. Write it again or leave it out of "
+            "data.sources."
+        )
+
+
+def _with_unique_names(files: Iterable[InputFile]) -> list[InputFile]:
+    """Files of one name in several sources get more of their paths, until all are told apart."""
+    named: dict[str, InputFile] = {}
+    for file in files:
+        uri = show(file.uri)
+        whole = uri.split("://", 1)[-1].lstrip("/")
+        numbered = (f"{number}/{whole}" for number in itertools.count(2))
+        names = itertools.chain((file.name, whole, uri), numbered)
+        name = next(name for name in names if name not in named)
+        named[name] = replace(file, name=name)
+    return list(named.values())
 
 
 def format_of(name: str) -> Format | None:
@@ -140,7 +165,7 @@ def _is_wanted(file: InputFile, pattern: str, data: DataConfig) -> bool:
     kind = format_of(file.name)
     if kind is None and file.is_named and not _IDX_LABELS.search(file.name.lower()):
         raise DataError(
-            f"{pattern} does not tell by its name what it is. Name it .tar, .zip, .parquet, "
+            f"{show(pattern)} does not tell by its name what it is. Name it .tar, .zip, .parquet, "
             ".npy, .npz, *-images-idx3-ubyte, or give a directory of images."
         )
     if data.is_sequence:
@@ -150,16 +175,21 @@ def _is_wanted(file: InputFile, pattern: str, data: DataConfig) -> bool:
     )
 
 
-def _containers(files: Iterable[InputFile], data: DataConfig) -> list[InputShard]:
-    by_name = {file.name: file for file in files}
+def _containers(files: Sequence[InputFile], data: DataConfig) -> list[InputShard]:
+    by_uri = {file.uri: file for file in files}
     shards = []
-    for file in by_name.values():
+    for file in files:
         kind = format_of(file.name)
         if kind is None or _is_loose(file, kind, data):
             continue
         parts = [file]
-        if kind == "idx" and (labels := _labels_of(file, by_name)) is not None:
+        if kind == "idx" and (labels := _labels_of(file, by_uri)) is not None:
             parts.append(labels)
+        for part in parts:
+            if part.fault:  # nobody knows how many images are missing
+                raise DataError(
+                    f"{show(part.uri)} is {part.fault}. Mend it or leave it out of data.sources."
+                )
         shards.append(InputShard(file.name, kind, tuple(parts)))
     return shards
 
@@ -171,9 +201,10 @@ def _is_loose(file: InputFile, kind: Format, data: DataConfig) -> bool:
     return kind == "npy" and file.num_bytes < LOOSE_ITEMS * 4 * data.shape[0] * data.shape[1]
 
 
-def _labels_of(images: InputFile, by_name: dict[str, InputFile]) -> InputFile | None:
+def _labels_of(images: InputFile, by_uri: dict[str, InputFile]) -> InputFile | None:
     """The labels that lie beside an IDX file of images."""
-    return next((by_name[n] for n in _label_names(images.name) if n in by_name), None)
+    found = (by_uri.get(uri) for uri in _label_names(images.uri))
+    return next((file for file in found if file is not None), None)
 
 
 def _label_names(images: str) -> list[str]:
@@ -184,19 +215,19 @@ def _label_names(images: str) -> list[str]:
     return [f"{plain[:start]}labels{rest}{suffix}" for suffix in ("", ".gz")]
 
 
-def _with_labels(found: list[InputFile]) -> list[InputFile]:
+def _with_labels(found: list[InputFile], storage: Storage) -> list[InputFile]:
     """Adds the labels of IDX files whose pattern matches only the images."""
-    by_name = {file.name: file for file in found}
+    by_uri = {file.uri: file for file in found}
     for images in found:
-        if format_of(images.name) != "idx" or _labels_of(images, by_name) is not None:
+        if format_of(images.name) != "idx" or _labels_of(images, by_uri) is not None:
             continue
         for uri, name in zip(_label_names(images.uri), _label_names(images.name), strict=True):
-            for labels in _match(uri if images.is_remote else glob.escape(uri)):
-                by_name.setdefault(name, replace(labels, name=name))
-    return list(by_name.values())
+            for labels in match_beside(images, uri, name, storage):
+                by_uri.setdefault(labels.uri, labels)
+    return list(by_uri.values())
 
 
-def _buckets(files: Iterable[InputFile], data: DataConfig) -> list[InputShard]:
+def _buckets(files: Sequence[InputFile], data: DataConfig) -> list[InputShard]:
     """Loose files by the hash of their name, into a power of two of buckets."""
     loose = [f for f in files if (kind := format_of(f.name)) and _is_loose(f, kind, data)]
     count = 1
@@ -210,89 +241,3 @@ def _buckets(files: Iterable[InputFile], data: DataConfig) -> list[InputShard]:
         InputShard(f"files-{number:04d}-of-{count:04d}", "files", tuple(members))
         for number, members in buckets.items()
     ]
-
-
-def _match(pattern: str) -> list[InputFile]:
-    """The files that a pattern names, or that lie below a directory that it names."""
-    found = _match_remote(pattern) if "://" in pattern else _match_local(pattern)
-    visible = [f for f in found if f.is_named or not _is_hidden(f.name)]
-    return sorted(visible, key=lambda f: f.name)
-
-
-def _is_hidden(name: str) -> bool:
-    parts = name.split("/")
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
-def _match_local(pattern: str) -> list[InputFile]:
-    fixed, is_glob = Path(), False
-    parts = Path(pattern).parts
-    for index, part in enumerate(parts):
-        is_glob = glob.has_magic(_unescape(part)) and part == _unescape(part)
-        is_named_file = index == len(parts) - 1 and not Path(fixed, _unescape(part)).is_dir()
-        if is_glob or is_named_file:
-            break
-        fixed /= _unescape(part)
-    found = []
-    with as_data_error(pattern):
-        for match in glob.glob(pattern, recursive=True) if is_glob else _existing(pattern):
-            for path in _files_below(match):
-                name = Path(path).relative_to(fixed).as_posix()
-                is_named = not is_glob and path == match
-                found.append(InputFile(name, path, *identity_of(os.stat(path)), is_named=is_named))
-    return list({f.uri: f for f in found}.values())  # a recursive glob names files twice
-
-
-def _existing(pattern: str) -> Sequence[str]:
-    path = "/".join(_unescape(part) for part in pattern.split("/"))
-    return [path] if Path(path).exists() else []
-
-
-def _files_below(path: str) -> list[str]:
-    """The regular files in a directory and below, or the file itself."""
-    if not Path(path).is_dir():
-        return [path] if Path(path).is_file() else []
-    return [
-        file
-        for directory, _, names in os.walk(path)
-        for file in (os.path.join(directory, name) for name in names)
-        if Path(file).is_file()
-    ]
-
-
-def _unescape(part: str) -> str:
-    """Takes back what glob.escape did to a part of a path."""
-    return re.sub(r"\[([*?[])\]", r"\1", part)
-
-
-def _match_remote(pattern: str) -> list[InputFile]:
-    with as_data_error(pattern):
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        filesystem.invalidate_cache()
-        protocol = pattern.split("://", 1)[0]
-        is_glob = glob.has_magic(path)
-        if is_glob:
-            matches = dict(filesystem.glob(path, detail=True))
-            fixed = path[: re.search(r"[*?[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        elif not filesystem.exists(path):
-            return []
-        else:
-            facts = filesystem.info(path)
-            matches = {path: facts}
-            fixed = path if facts["type"] == "directory" else path.rpartition("/")[0]
-        files: dict[str, Any] = {}
-        for match, facts in matches.items():
-            below = facts["type"] == "directory"
-            files |= filesystem.find(match, detail=True) if below else {match: facts}
-        return [
-            InputFile(
-                name.removeprefix(fixed).lstrip("/"),
-                f"{protocol}://{name}",
-                *identity_of(facts),
-                is_named=not is_glob and name == path,
-            )
-            for name, facts in files.items()
-            if facts["type"] == "file"
-        ]

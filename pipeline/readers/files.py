@@ -1,15 +1,14 @@
-"""Loose files: the directory that a file lies in is its class."""
+"""Loose files: the directory that a file lies in, below the pattern, is its class."""
 
 import io
 from collections.abc import Iterator
 
-from pipeline.identities import InputFile, open_once
+from pipeline.identities import open_once
 from pipeline.readers.arrays import iter_npy
 from pipeline.readers.entries import (
     MAX_FILE_BYTES,
     Entry,
     Item,
-    Label,
     Refusal,
     Refused,
 )
@@ -29,12 +28,15 @@ def iter_files(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
         DataError: a file cannot be read, or changed since the plan.
     """
     for file in shard.files:
+        if file.fault:
+            yield Refusal(file.name, "not_a_file", f"it is {file.fault}")
+            continue
         if file.num_bytes > MAX_FILE_BYTES:
             detail = f"{file.num_bytes:,} bytes are more than {MAX_FILE_BYTES:,}"
             yield Refusal(file.name, "too_large", detail)
             continue
         try:
-            label = _class_of(file)
+            label = parse_label(file.class_name) if file.class_name else None
         except Refused as refused:
             yield Refusal(file.name, refused.reason, refused.detail)
             continue
@@ -45,9 +47,3 @@ def iter_files(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
             continue
         for entry in iter_npy(io.BytesIO(content), data, member=file.name):
             yield Item(entry.member, entry.content, label) if isinstance(entry, Item) else entry
-
-
-def _class_of(file: InputFile) -> Label:
-    """The name of the directory that a file lies in, or None at the top."""
-    directory = file.name.rpartition("/")[0].rpartition("/")[2]
-    return parse_label(directory) if directory else None

@@ -3,11 +3,11 @@
 import re
 import unicodedata
 
+from pipeline.escaping import MAX_NAME_CHARACTERS, show
 from pipeline.readers.entries import Entry, Ignored, Refusal
 from pipeline.settings import DataConfig
 from pipeline.sources import IMAGE_SUFFIXES
 
-MAX_NAME_CHARACTERS = 4096  # the longest path of Linux; a tar header can hold megabytes
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -63,15 +63,6 @@ def judge_member(name: str, kind: str, suffixes: tuple[str, ...]) -> Entry | Non
 def is_hidden(name: str) -> bool:
     """Whether a file is hidden, as loose ones are: by a leading dot, or by macOS."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def show(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
-    """The text on one line: what is not printable is escaped, what is too long is cut."""
-    if len(text) > max_characters:
-        text = text[: max_characters - 1] + "…"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def describe(error: BaseException) -> str:

@@ -1,5 +1,8 @@
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +94,7 @@ def test_unknown_remote_files_are_read_only_when_allowed(
 def test_a_store_that_tells_no_identity_is_read_every_time(
     tmp_path: Path, memory: MemoryFileSystem, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identities, "_STAMPS", ())
+    monkeypatch.setattr(identities, "_STAMPS", ((), ()))
     memory.pipe("/bucket/a.tar", b"a")
     inputs_of(tmp_path, "memory://bucket/a.tar")
     inputs_of(tmp_path, "memory://bucket/a.tar")
@@ -105,6 +108,74 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         inputs_of(tmp_path, str(tmp_path / "a.tar"))
     with pytest.raises(DataError, match=r"Cannot read s3x://b/a.tar: .*Check that it exists"):
         inputs_of(tmp_path, "s3x://b/a.tar")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["memory://bucket/a.tar", "memory://bucket", "memory://bucket/?.tar"]
+)
+def test_a_reworded_pattern_reads_nothing_again(
+    tmp_path: Path, memory: MemoryFileSystem, hashed: list[str], pattern: str
+) -> None:
+    for name in ("a", "b"):
+        memory.pipe(f"/bucket/{name}.tar", name.encode())
+    known = inputs_of(tmp_path, "memory://bucket/*.tar")
+    again = inputs_of(tmp_path, pattern, read_remote=False)
+    assert again == {name: known[name] for name in again}
+    assert len(hashed) == 2
+
+
+def test_hashes_are_remembered_as_they_are_made(tmp_path: Path) -> None:
+    for k in range(6):
+        (tmp_path / f"{k}.tar").write_text("x")
+    code = """
+import glob, os, signal, sys
+from pipeline import identities
+from pipeline.settings import DataConfig
+from pipeline.sources import list_inputs
+from pipeline.storage import LocalStorage
+
+identities.SAVE_BYTES, identities.HASH_THREADS = 3, 1
+hash_one, num_hashed = identities._hash, []
+
+def hash_or_die(uri):
+    if len(num_hashed) == 5:
+        while not glob.glob(f"{sys.argv[1]}/root/cache/identities/*.json"):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+    num_hashed.append(uri)
+    return hash_one(uri)
+
+identities._hash = hash_or_die
+data = DataConfig(sources=(f"{sys.argv[1]}/*.tar",), resolution=8)
+list_inputs(data, LocalStorage(f"{sys.argv[1]}/root"))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    with patch.object(identities, "_hash", lambda uri: "new"):
+        found = list(inputs_of(tmp_path, f"{tmp_path}/*.tar").values())
+    assert 1 <= len([sha256 for sha256 in found if sha256 != "new"]) <= 5
+
+
+def test_hashes_made_before_an_error_are_remembered(
+    tmp_path: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identities, "HASH_THREADS", 1)
+    for name in ("a", "b", "c"):
+        memory.pipe(f"/bucket/{name}.tar", name.encode())
+    hash_one = identities._hash
+
+    def hash_but_b(uri: str) -> str:
+        if "b.tar" in uri:
+            raise DataError("Cannot read b.")
+        return hash_one(uri)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(identities, "_hash", hash_but_b)
+        with pytest.raises(DataError, match="Cannot read b"):
+            inputs_of(tmp_path, "memory://bucket/*.tar")
+    found = inputs_of(tmp_path, "memory://bucket/*.tar", read_remote=False)
+    assert found["a.tar"] == hashlib.sha256(b"a").hexdigest()
+    assert found["b.tar"] is None
 
 
 @pytest.mark.parametrize("open_it", [open_once, open_seekable])

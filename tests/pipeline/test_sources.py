@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pipeline.config import load_config
@@ -88,6 +89,34 @@ def test_an_idx_file_named_alone_brings_its_labels(
     write(tmp_path / "labels-idx1-ubyte.gz")
     (shard,) = inputs_of("images-idx3-ubyte.gz").shards
     assert len(shard.files) == 2
+
+
+def test_the_labels_of_an_idx_file_are_those_of_its_own_source(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    for name in ("a/images-idx3-ubyte", "b/images-idx3-ubyte", "b/labels-idx1-ubyte"):
+        write(tmp_path / name)
+    first, second = (
+        [Path(f.uri).relative_to(tmp_path).as_posix() for f in shard.files]
+        for shard in sorted(inputs_of("a", "b").shards, key=lambda shard: shard.files[0].uri)
+    )
+    assert first == ["a/images-idx3-ubyte"]
+    assert second == ["b/images-idx3-ubyte", "b/labels-idx1-ubyte"]
+
+
+def test_labels_without_their_images_are_nothing(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "in" / "train-labels-idx1-ubyte")
+    for pattern in ("in", "in/train-labels-idx1-ubyte", "in/*"):
+        with pytest.raises(DataError, match="There are no images at"):
+            inputs_of(pattern)
+    write(tmp_path / "in" / "1.png")
+    assert inputs_of("in").ignored == ["train-labels-idx1-ubyte"]
+    write(tmp_path / "in" / "train-images-idx3-ubyte")
+    found = inputs_of("in/train-labels-idx1-ubyte", "in/train-images-idx3-ubyte")
+    assert [len(shard.files) for shard in found.shards] == [2]
+    assert found.ignored == []
 
 
 def test_sequences_take_arrays_and_images_do_not(
@@ -185,13 +214,16 @@ def test_a_file_that_two_sources_match_is_one(
     assert len(inputs_of("*.tar", "a.tar", ".").shards) == 1
 
 
-def test_any_fsspec_uri(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:
+@pytest.mark.parametrize("protocol", ["file", "local", "memory"])
+def test_any_fsspec_uri(tmp_path: Path, inputs_of: Callable[..., Inputs], protocol: str) -> None:
     write(tmp_path / "in" / "a.tar", b"a")
     write(tmp_path / "in" / "deep" / "b.tar", b"b")
     write(tmp_path / "in" / "cats" / "1.png")
     local = {s.name: s.sha256 for s in inputs_of("in").shards}
-    uri = f"file://{tmp_path}/in"
-    for pattern in (uri, f"{uri}/**"):
+    uri = f"{protocol}://{tmp_path}/in"
+    if protocol == "memory":
+        fsspec.filesystem("memory").put(f"{tmp_path}/in", f"{tmp_path}/in", recursive=True)
+    for pattern in (uri, f"{uri}/", f"{uri}/**"):
         assert {s.name: s.sha256 for s in inputs_of(pattern).shards} == local
     assert [s.name for s in inputs_of(f"{uri}/*.tar").shards] == ["a.tar"]
     with pytest.raises(DataError, match="There are no images at"):
