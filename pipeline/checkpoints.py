@@ -1,16 +1,16 @@
 """The checkpoint store: one for every way of running, complete or absent, checksummed.
 
-A checkpoint `<directory>/checkpoints/<step>/` holds weights, EMA weights and optimiser state in
-files named with the hash of their content, and, written last and created once, `manifest.json`
-with those names and the loss history. Nothing is unpickled but tensors.
+A checkpoint `<directory>/checkpoints/<step>/` holds weights, EMA weights, optimiser state and the
+metrics so far in files named with the hash of their content, and, written last and created once,
+`manifest.json` with those names. Nothing is unpickled but tensors.
 """
 
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -23,29 +23,59 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2  # a damaged latest one must leave another to go back to
 
+Row = dict[str, Any]  # of metrics; JSON
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of training after `global_step` optimiser steps."""
+    """The state of training after `global_step` optimiser steps.
+
+    Args:
+        global_step: number of optimiser steps done.
+        model: the network's weights and buffers.
+        ema: those of its moving average.
+        optimizer: states of the optimiser and, with fp16, of the loss scale.
+        history: the rows of metrics so far.
+        skipped: numbers of the batches that gave no finite loss.
+        num_rewinds: how often training went back.
+        environment: of the process, what the last bit depends on.
+    """
 
     global_step: int
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: dict[str, Any]
-    history: list[dict[str, float]]
+    history: Sequence[Row]
+    skipped: tuple[int, ...] = ()
+    num_rewinds: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """That of this very step, if it was measured."""
+        row = self.history[-1] if self.history else {}
+        return row.get("validation_loss") if row.get("global_step") == self.global_step else None
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one training, in `<directory>/checkpoints` of the storage root."""
+    """The checkpoints of one training, in `<directory>/checkpoints` of the storage root.
+
+    Args:
+        storage: the root.
+        directory: of the training, below the root.
+        keep_every: those at multiples of so many steps are never dropped.
+    """
 
     storage: Storage
     directory: str
+    keep_every: int | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes a checkpoint whole, then drops all but the latest two up to it.
+        """Writes a checkpoint whole, then drops those no longer needed.
 
-        One that is there already is kept: equal runs write equal checkpoints.
+        The latest two up to it stay, the one with the least validation loss, and every multiple
+        of `keep_every`. One that is there already is kept: equal runs write equal checkpoints.
         """
         directory = self._directory(checkpoint.global_step)
         optimizer = io.BytesIO()
@@ -54,11 +84,15 @@ class CheckpointStore:
             "model.safetensors": to_safetensors(checkpoint.model),
             "ema.safetensors": to_safetensors(checkpoint.ema),
             "optimizer.pt": optimizer.getvalue(),
+            "metrics.jsonl": to_lines(checkpoint.history),
         }
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = {
             "global_step": checkpoint.global_step,
-            "history": checkpoint.history,
+            "skipped": checkpoint.skipped,
+            "num_rewinds": checkpoint.num_rewinds,
+            "environment": checkpoint.environment,
+            "validation_loss": checkpoint.validation_loss,
             "files": {
                 name: {"file": hashed_name(name, sha256), "sha256": sha256}
                 for name, sha256 in hashes.items()
@@ -71,10 +105,12 @@ class CheckpointStore:
         for name, content in files.items():
             self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
         self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
-        for step in [s for s in self.steps() if s <= checkpoint.global_step][:-KEPT]:
-            # The manifest goes first: half a deletion is no checkpoint either.
-            self.storage.delete(f"{self._directory(step)}/manifest.json")
-            self.storage.delete(self._directory(step))
+        self.show_metrics(checkpoint.history)
+        self._drop_old(checkpoint.global_step)
+
+    def show_metrics(self, history: Sequence[Row]) -> None:
+        """Writes `<directory>/metrics.jsonl`, for people, up to the checkpoint that counts."""
+        self.storage.replace(f"{self.directory}/metrics.jsonl", to_lines(history))
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
@@ -115,8 +151,35 @@ class CheckpointStore:
             model=safetensors.torch.load(files["model.safetensors"]),
             ema=safetensors.torch.load(files["ema.safetensors"]),
             optimizer=torch.load(io.BytesIO(files["optimizer.pt"]), weights_only=True),
-            history=manifest["history"],
+            history=[json.loads(line) for line in files["metrics.jsonl"].splitlines()],
+            skipped=tuple(manifest["skipped"]),
+            num_rewinds=manifest["num_rewinds"],
+            environment=manifest["environment"],
         )
+
+    def best_step(self) -> int | None:
+        """The step with the least validation loss among those measured at a checkpoint."""
+        losses = {step: self._validation_loss(step) for step in self.steps()}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(measured, key=lambda step: (measured[step], step)) if measured else None
+
+    def _drop_old(self, last: int) -> None:
+        steps = [step for step in self.steps() if step <= last]
+        kept = {*steps[-KEPT:], self.best_step()}
+        if self.keep_every is not None:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        for step in steps:
+            if step not in kept:
+                # The manifest goes first: half a deletion is no checkpoint either.
+                self.storage.delete(f"{self._directory(step)}/manifest.json")
+                self.storage.delete(self._directory(step))
+
+    def _validation_loss(self, step: int) -> float | None:
+        try:
+            content = self.storage.read(f"{self._directory(step)}/manifest.json")
+            return json.loads(content)["validation_loss"]
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
 
     def _directory(self, step: int) -> str:
         return f"{self.directory}/checkpoints/{step:09d}"
@@ -125,3 +188,8 @@ class CheckpointStore:
 def to_safetensors(weights: Mapping[str, Tensor]) -> bytes:
     """Weights as a safetensors file, contiguous and on the CPU."""
     return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in weights.items()})
+
+
+def to_lines(history: Sequence[Row]) -> bytes:
+    """Rows of metrics as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in history).encode()

@@ -91,6 +91,30 @@ def read_dataset(storage: Storage, manifest: Mapping[str, Any]) -> dict[str, Any
     return json.loads(read_artifact(storage, manifest, "dataset.json"))
 
 
+def class_counts(document: Mapping[str, Any], split: str) -> dict[int, int]:
+    """The items of a split by label id, for every id from 0 to that of the last class.
+
+    Args:
+        document: of the data set.
+        split: `train`, `validation` or `test`.
+
+    Raises:
+        DataError: there are no labels.
+    """
+    labels = document["labels"]
+    names = document["classes"]
+    if names is None:
+        numbers = {int(label) for split in SPLITS for label in labels[split]}
+        names = [str(k) for k in range(max(numbers, default=-1) + 1)]
+    if not names:
+        raise DataError(
+            "The network is to be told the class of each image, and the data set has no labels. "
+            "Put .cls files beside the images or use class folders, or set "
+            "model.class_conditional = false."
+        )
+    return {id_: labels[split].get(name, 0) for id_, name in enumerate(names)}
+
+
 def make_document(
     data: DataConfig,
     storage: Storage,

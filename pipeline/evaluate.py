@@ -17,14 +17,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from diffusion_core import CHUNK, Diffusion, UNet, make_image_noise, sample_ddim
+from diffusion_core import CHUNK, Diffusion, make_image_noise
 from pipeline.cluster import lost_task
-from pipeline.dataset import open_split
+from pipeline.dataset import class_counts, open_split, read_dataset
 from pipeline.errors import EvaluationError
 from pipeline.features import check_counts, extract, load_extractor, quantise, read_features
+from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.loader import keyed_seed
-from pipeline.loop import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
+from pipeline.sampling import sample_items, spread_labels
 from pipeline.settings import Config
 from pipeline.shards import write_arrow
 from pipeline.statistics import FeatureSums, frechet_distance, sum_features
@@ -109,7 +110,7 @@ def _score(context: StepContext, sums: Mapping[str, FeatureSums]) -> dict[str, A
             "spacing": settings.spacing,
             "eta": settings.eta,
             "clip_x_start": settings.clip_x_start,
-            "guidance_scale": None,
+            "guidance_scale": settings.guidance_scale if config.model.class_conditional else None,
             "resolution": config.data.resolution,
             "mode": config.data.mode,
             "resize": config.data.resample,
@@ -130,6 +131,7 @@ def _sample_all_chunks(context: StepContext) -> None:
     task = ray.remote(num_cpus=1)(_sample_chunk)
     train = dict(context.inputs["train"])
     features = dict(context.inputs["features"])
+    counts = _class_counts(context)
     for network in NETWORKS:
         for first in _chunk_starts(config):
             count = min(CHUNK, config.evaluate.num_samples - first)
@@ -138,7 +140,7 @@ def _sample_all_chunks(context: StepContext) -> None:
                 done += count
                 continue
             weights = train if network == "trained" else None
-            arguments = (context.storage.uri, config.model_dump_json(), weights, features)
+            arguments = (context.storage.uri, config.model_dump_json(), weights, features, counts)
             pending[task.remote(*arguments, first, count, path)] = count
     started, before = time.monotonic(), done
     context.progress(done, total, "images")
@@ -161,6 +163,7 @@ def _sample_chunk(
     config_json: str,
     train: dict[str, Any] | None,
     features: dict[str, Any],
+    counts: dict[int, int] | None,
     first: int,
     count: int,
     path: str,
@@ -168,7 +171,7 @@ def _sample_chunk(
     """Draws the images first .. first + count - 1 and their features into one file."""
     storage = open_storage(storage_uri)
     config = Config.model_validate_json(config_json)
-    model = make_unet(config, config.train.seed)
+    model = make_unet(config, config.train.seed, _num_classes(counts))
     if train is not None:
         content = read_artifact(storage, train, "ema.safetensors")
         model.load_state_dict(safetensors.torch.load(content))
@@ -176,7 +179,10 @@ def _sample_chunk(
     extractor = load_extractor(weights, features["metrics"])
     keep_freed_memory()
     with torch_threads(1):
-        x = _sample(config, model, range(first, first + count))
+        numbers, labels = range(first, first + count), None
+        if counts is not None:
+            labels = spread_labels(counts, numbers, config.evaluate.num_samples)
+        x = sample_items(config, model, numbers, class_labels=labels)
         if not bool(torch.isfinite(x).all()):
             raise EvaluationError(
                 f"Samples {first} to {first + count - 1} hold values that are not finite. Train "
@@ -187,34 +193,17 @@ def _sample_chunk(
     storage.create(path, safetensors.numpy.save({"images": images, "features": found}))
 
 
-def _sample(config: Config, model: UNet, numbers: range, on_step: Any = None) -> Tensor:
-    """The samples with these numbers, each from the noise of its own seed."""
-    settings = config.evaluate
-    shape = config.data.shape
-    seeds = [keyed_seed("sample", settings.seed, k) for k in numbers]
-    noise, generators = make_image_noise(shape, seeds)
-    return sample_ddim(
-        make_diffusion(config),
-        model.eval(),
-        noise.contiguous(memory_format=torch.channels_last),
-        num_steps=settings.num_steps,
-        spacing=settings.spacing,
-        eta=settings.eta,
-        clip_x_start=settings.clip_x_start,
-        generator=generators,
-        on_step=on_step,
-    )
-
-
 def _draw_strips(context: StepContext) -> dict[str, np.ndarray]:
     """One test image being noised, one sample being denoised, and real images for the grid."""
     config = context.config
     diffusion = make_diffusion(config)
     test = open_split(context.storage, dict(context.inputs["preprocess"]), REFERENCE_SPLIT)
     real = test.gather(np.arange(min(len(test), CHUNK)))
-    model = make_unet(config, config.train.seed)
+    counts = _class_counts(context)
+    model = make_unet(config, config.train.seed, _num_classes(counts))
     content = context.read_input("train", "ema.safetensors")
     model.load_state_dict(safetensors.torch.load(content))
+    labels = None if counts is None else spread_labels(counts, range(1), 1)
     num_steps = config.evaluate.num_steps
     shown = set(np.linspace(1, num_steps, STRIP_LENGTH).round().astype(int).tolist())
     states: list[np.ndarray] = []
@@ -223,7 +212,7 @@ def _draw_strips(context: StepContext) -> dict[str, np.ndarray]:
         if k in shown:
             states.append(quantise(x)[0])
 
-    _sample(config, model, range(0, 1), on_step=keep)
+    sample_items(config, model, range(1), class_labels=labels, on_step=keep)
     return {
         "real": real,
         "noising": _noise_one(diffusion, real[0]),
@@ -237,6 +226,17 @@ def _noise_one(diffusion: Diffusion, image: np.ndarray) -> np.ndarray:
     x_start = torch.from_numpy(image).float().div(127.5).sub(1).expand(STRIP_LENGTH, *image.shape)
     noise, _ = make_image_noise(image.shape, [0])
     return quantise(diffusion.q_sample(x_start, t, noise.expand_as(x_start)))
+
+
+def _class_counts(context: StepContext) -> dict[int, int] | None:
+    """Training images by label, where the network is told the class; all classes are named."""
+    if not context.config.model.class_conditional:
+        return None
+    return class_counts(read_dataset(context.storage, context.inputs["preprocess"]), "train")
+
+
+def _num_classes(counts: dict[int, int] | None) -> int | None:
+    return None if counts is None else max(counts) + 1
 
 
 def _chunk_starts(config: Config) -> range:

@@ -239,7 +239,7 @@ def _read_training(target: Path, config: Config) -> tuple[ModelDocument, bytes]:
     sha256 = manifest["artifacts"]["ema.safetensors"]["sha256"]
     options = dict(config.diffusion.schedule_options)
     document = ModelDocument(
-        unet=make_unet(config, config.train.seed).config,
+        unet=make_unet(config, config.train.seed, manifest["metrics"]["num_classes"]).config,
         schedule=describe_schedule(diffusion.schedule, options),
         objective=config.diffusion.objective,
         weighting=config.diffusion.weighting,

@@ -1,7 +1,7 @@
 """Which image is when: the data order and the randomness of training as functions.
 
 Nothing here has state. The samples of a global batch follow from (seed, epoch, position) and
-all noise from (seed, step, rewinds, group of 16 positions), whatever the number of workers, so
+all noise from (seed, batch, rewinds, group of 16 positions), whatever the number of workers, so
 that a resumed run continues exactly and a split one sees the same.
 """
 
@@ -34,15 +34,6 @@ def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray
     return ids
 
 
-def batch_positions(
-    global_step: int, global_batch_size: int, rank: int, world_size: int
-) -> np.ndarray:
-    """The positions of the training order that a rank takes at a step: a contiguous slice."""
-    share = global_batch_size // world_size
-    first = global_step * global_batch_size + rank * share
-    return np.arange(first, first + share)
-
-
 def draw_timesteps(
     key: tuple[int, ...], global_batch_size: int, num_timesteps: int, draw: timesteps.Draw
 ) -> Tensor:
@@ -56,6 +47,16 @@ def draw_coin(key: tuple[int, ...]) -> bool:
     would nearly always take the slow branch and all would wait.
     """
     return bool(torch.rand((), generator=_generator("self_condition", *key)) < 0.5)
+
+
+def draw_flips(key: tuple[int, ...], global_batch_size: int) -> Tensor:
+    """Which samples of the global batch are mirrored, bool [global_batch_size]."""
+    return torch.rand(global_batch_size, generator=_generator("flips", *key)) < 0.5
+
+
+def draw_label_drops(key: tuple[int, ...], global_batch_size: int, share: float) -> Tensor:
+    """Which samples of the global batch hide their label, bool [global_batch_size]."""
+    return torch.rand(global_batch_size, generator=_generator("labels", *key)) < share
 
 
 def draw_noise(

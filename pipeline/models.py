@@ -7,8 +7,12 @@ from pipeline.errors import ConfigError
 from pipeline.settings import Config
 
 
-def make_diffusion(config: Config) -> Diffusion:
+def make_diffusion(config: Config, num_classes: int | None = None) -> Diffusion:
     """The schedule and objective that the config names.
+
+    Args:
+        config: the whole config.
+        num_classes: of the data set, where the network is told the class.
 
     Raises:
         ConfigError: the schedule's options are wrong or make no schedule.
@@ -24,19 +28,27 @@ def make_diffusion(config: Config) -> Diffusion:
             offset_noise=d.offset_noise,
             self_condition=d.self_condition,
             learned_variance=d.learned_variance,
+            null_label=num_classes,
         )
     except ValueError as error:
         raise ConfigError(f"diffusion: {error}") from error
 
 
-def make_unet(config: Config, seed: int) -> UNet:
-    """The untrained network; equal seeds give equal weights."""
+def make_unet(config: Config, seed: int, num_classes: int | None = None) -> UNet:
+    """The untrained network; equal seeds give equal weights.
+
+    Args:
+        config: the whole config.
+        seed: of the weights.
+        num_classes: of the data set, where the network is told the class.
+    """
     unet_config = UNetConfig(
         channels=config.data.channels,
         is_sequence=config.data.is_sequence,
         self_condition=config.diffusion.self_condition,
         learned_variance=config.diffusion.learned_variance,
-        **config.model.model_dump(),
+        num_classes=num_classes,
+        **config.model.model_dump(exclude={"class_conditional"}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

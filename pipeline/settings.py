@@ -183,6 +183,7 @@ class ModelConfig(Section):
     norm_groups: Positive = 8
     downsample: Literal["unshuffle", "strided"] = "unshuffle"
     time_features: Literal["sinusoidal", "learned", "random"] = "sinusoidal"
+    class_conditional: bool = Field(default=False, description="tell the network the labels")
     dropout: Fraction = 0.0
 
     @model_validator(mode="after")
@@ -228,14 +229,45 @@ class TrainConfig(Section):
         default=10_000, description="optimiser steps; raising it extends a run"
     )
     global_batch_size: Positive = Field(default=64, description="over all workers")
+    accumulation_steps: Positive = Field(
+        default=1, description="parts in which a worker goes through its share of a batch"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="of the network's arithmetic; auto: bf16 on GPUs that have it"
+    )
+    compile: bool = Field(default=False, description="with torch.compile")
     learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    learning_rate_decay: Literal["constant", "cosine"] = Field(
+        default="constant", description="after the warm-up; cosine ends at 0 with num_steps"
+    )
     warmup_steps: int = Field(default=100, ge=0)
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: Fraction = 0.999
     timestep_draw: Literal["uniform", "antithetic", "stratified"] = "uniform"
+    horizontal_flip: bool = Field(default=False, description="mirror half of the images")
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="share of labels hidden, for guidance"
+    )
     checkpoint_every: Positive = Field(default=500, description="optimiser steps")
+    keep_every: Positive | None = Field(
+        default=None, description="checkpoints at multiples of so many steps are never dropped"
+    )
+    log_every: Positive = Field(default=20, description="optimiser steps in a row of metrics")
+    validate_every: Positive | None = Field(
+        default=None, description="optimiser steps between losses on the validation split"
+    )
+    sample_every: Positive | None = Field(
+        default=None, description="optimiser steps between grids of samples"
+    )
     max_failures: int = Field(default=2, ge=0, description="times a dead worker is replaced")
+    max_rewinds: int = Field(
+        default=2, ge=0, description="times training goes back after a loss that is not finite"
+    )
+    storage_patience_s: float = Field(
+        default=120.0, ge=0, description="how long a checkpoint that cannot be written is retried"
+    )
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -268,6 +300,9 @@ class EvaluateConfig(Section):
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     eta: float = Field(default=0.0, ge=0, le=1)
     clip_x_start: bool = True
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="of a network that is told the class; 1 is no guidance"
+    )
     seed: Seed = 0
 
 

@@ -11,6 +11,20 @@ from pipeline.sources import InputShard
 from pipeline.workflow import Resources, Step
 
 WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
+# Settings of training that change how fast, but not what is learned beyond rounding.
+NOT_LEARNED = (
+    "cpus_per_worker",
+    "use_gpu",
+    "compile",
+    "checkpoint_every",
+    "keep_every",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "max_failures",
+    "max_rewinds",
+    "storage_patience_s",
+)
 STEP_NAMES = ("preprocess", "features", "reference", "train", "evaluate", "promote", "report")
 
 
@@ -28,11 +42,13 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
         name: {f"{name}.{key}": value for key, value in getattr(config, name)}
         for name in ("model", "diffusion", "train", "features", "evaluate")
     }
-    # What changes how fast, but not what is learned beyond rounding.
-    for key in ("cpus_per_worker", "use_gpu", "checkpoint_every", "max_failures", "num_workers"):
-        if key == "num_workers" and config.model.dropout > 0:
-            continue  # each rank drops other units
+    for key in NOT_LEARNED:
         del sections["train"][f"train.{key}"]
+    for key in ("num_workers", "accumulation_steps"):
+        if config.model.dropout == 0:  # else each rank and part drops other units
+            del sections["train"][f"train.{key}"]
+    if train.learning_rate_decay == "cosine":  # one that ends elsewhere is another from the start
+        sections["train"]["train.decay_steps"] = train.num_steps
     return [
         Step(
             name="preprocess",
@@ -60,7 +76,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
         ),
         Step(
             name="train",
-            version=2,
+            version=3,
             function="pipeline.train:train",
             settings=sections["model"] | sections["diffusion"] | sections["train"],
             inputs=("preprocess",),

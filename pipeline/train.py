@@ -12,14 +12,14 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.checkpoints import CheckpointStore, to_safetensors
-from pipeline.dataset import open_split
-from pipeline.errors import RaydiffusionError, StorageError, TrainingError
-from pipeline.loop import Progress, torch_threads, train_loop
+from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
+from pipeline.dataset import class_counts, open_split, read_dataset
+from pipeline.errors import ERRORS, RaydiffusionError, StorageError, TrainingError
+from pipeline.host import torch_threads
+from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
 from pipeline.settings import Config
 from pipeline.storage import ObjectStorage, Storage, open_storage
@@ -40,6 +40,7 @@ def train(context: StepContext) -> dict[str, Any]:
         "directory": context.series_directory,
         "data": json.dumps(context.inputs["preprocess"]),
         "started": time.time(),
+        "watches_preemption": context.config.cluster.address is not None,
     }
     with _tell_progress(context):
         _fit(context, settings)
@@ -50,9 +51,9 @@ def train(context: StepContext) -> dict[str, Any]:
             f"Training ended without a readable checkpoint at step {num_steps}. "
             "Run the same command again; it continues from the one before."
         )
+    num_classes = _num_classes(context.config, context.storage, context.inputs["preprocess"])
     context.write_artifact("ema.safetensors", to_safetensors(checkpoint.ema))
-    history = "".join(json.dumps(entry) + "\n" for entry in checkpoint.history)
-    context.write_artifact("metrics.jsonl", history.encode())
+    context.write_artifact("metrics.jsonl", to_lines(checkpoint.history))
     last = _read_progress(context.storage, context.series_directory) or {}
     return {
         "num_steps": num_steps,
@@ -62,13 +63,14 @@ def train(context: StepContext) -> dict[str, Any]:
         "resumed_from": last.get("resumed_from", num_steps),
         "seconds_to_first_step": last.get("seconds_to_first_step"),
         "num_workers": context.config.train.num_workers,
+        "num_classes": num_classes,
         "num_parameters": sum(w.numel() for w in checkpoint.ema.values()),
     }
 
 
 def train_in_process(
     config: Config, storage: Storage, directory: str, data: dict[str, Any], **ranks: Any
-) -> list[dict[str, float]]:
+) -> list[Row]:
     """Runs the loop here, alone or as one rank of a process group that is already up.
 
     Args:
@@ -76,43 +78,39 @@ def train_in_process(
         storage: the root.
         directory: of the checkpoints, below the root.
         data: the manifest of the step `preprocess`.
-        **ranks: `rank`, `world_size`, `device`, `on_progress` of `train_loop`.
+        **ranks: `rank`, `world_size`, `device`, `hooks` of `train_loop`.
     """
-    with torch_threads(config.train.cpus_per_worker):
+    train = config.train
+    num_classes = _num_classes(config, storage, data)
+    with torch_threads(train.cpus_per_worker):
         return train_loop(
-            config.train,
-            make_unet(config, config.train.seed),
-            make_diffusion(config),
+            train,
+            make_unet(config, train.seed, num_classes),
+            make_diffusion(config, num_classes),
             open_split(storage, data, "train"),
-            CheckpointStore(storage, directory),
+            CheckpointStore(storage, directory, train.keep_every),
+            validation=open_split(storage, data, "validation") if train.validate_every else None,
             **ranks,
         )
 
 
-def train_rank(
-    rank: int,
-    world_size: int,
-    config_json: str,
-    storage_uri: str,
-    directory: str,
-    data_json: str,
-    port: int,
-) -> None:
-    """One rank of a training on this machine without Ray, over gloo on a local port."""
+def _num_classes(config: Config, storage: Storage, data: Mapping[str, Any]) -> int | None:
+    """How many the network is told of; None: it is not told."""
+    if not config.model.class_conditional:
+        return None
+    return len(class_counts(read_dataset(storage, data), "train"))
+
+
+@contextlib.contextmanager
+def process_group(rank: int, world_size: int, port: int) -> Iterator[None]:
+    """A process group over gloo on a local port, while the block runs."""
     import torch.distributed as dist
 
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
     try:
-        train_in_process(
-            Config.model_validate_json(config_json),
-            open_storage(storage_uri),
-            directory,
-            json.loads(data_json),
-            rank=rank,
-            world_size=world_size,
-        )
+        yield
         dist.barrier()  # rank 0 writes the last checkpoint while the others are done
     finally:
         # The replica is part of a cycle that holds the group's threads: were they still running
@@ -121,44 +119,70 @@ def train_rank(
         dist.destroy_process_group()
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
-    """What each worker of Ray Train runs."""
+def _train_worker(settings: dict[str, Any]) -> dict[str, str] | None:
+    """What each worker of Ray Train runs; an error that it would meet again is its result."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     config = Config.model_validate_json(settings["config"])
     storage = open_storage(settings["storage"])
-    notes = _CollectedWarnings()
-    logging.getLogger("pipeline").addHandler(notes)
-    told_at, first_step_s = 0.0, None
+    hooks = Hooks(
+        on_row=_ProgressFile(storage, settings["directory"], config, settings["started"]).on_row,
+        wants_checkpoint=_is_preempted if settings["watches_preemption"] else lambda: False,
+    )
+    try:
+        train_in_process(
+            config,
+            storage,
+            settings["directory"],
+            json.loads(settings["data"]),
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            hooks=hooks,
+        )
+    except TrainingError as error:
+        return {"kind": type(error).__name__, "error": str(error)}
+    return None
 
-    def on_progress(progress: Progress) -> None:
-        nonlocal told_at, first_step_s
+
+def _is_preempted() -> bool:
+    """Whether a node of this training is about to be taken away; asked on every rank."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
+
+
+class _ProgressFile:
+    """Where rank 0 writes how far it is, for the driver and for `status`."""
+
+    def __init__(self, storage: Storage, directory: str, config: Config, started: float) -> None:
+        self._storage, self._path = storage, f"{directory}/progress.json"
+        self._num_steps, self._started = config.train.num_steps, started
+        self._notes = _CollectedWarnings()
+        logging.getLogger("pipeline").addHandler(self._notes)
+        self._told_at, self._first_step_s = 0.0, None
+
+    def on_row(self, row: Row, first_step: int) -> None:
+        """Writes at most once a second, and at the end."""
         now = time.time()
-        if first_step_s is None:
-            first_step_s = now - settings["started"]
-        if now - told_at < PROGRESS_EVERY_S and progress.global_step < progress.num_steps:
+        step, left = row["global_step"], self._num_steps - row["global_step"]
+        if self._first_step_s is None:
+            self._first_step_s = now - row["wall_s"] - self._started
+        if now - self._told_at < PROGRESS_EVERY_S and left:
             return
-        told_at = now
-        document = asdict(progress) | {
+        self._told_at = now
+        document = row | {
+            "num_steps": self._num_steps,
+            "resumed_from": first_step,
+            "seconds_left": left * row["images_seen"] / step / row["images_per_s"],
             "at": now,
-            "seconds_to_first_step": first_step_s,
-            "notes": notes.texts,
+            "seconds_to_first_step": self._first_step_s,
+            "notes": self._notes.texts,
         }
         with contextlib.suppress(StorageError):  # only for the eye: the next one may pass
-            storage.replace(f"{settings['directory']}/progress.json", json.dumps(document).encode())
-
-    train_in_process(
-        config,
-        storage,
-        settings["directory"],
-        json.loads(settings["data"]),
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-        on_progress=on_progress,
-    )
+            self._storage.replace(self._path, json.dumps(document).encode())
 
 
 def _fit(context: StepContext, settings: dict[str, Any]) -> None:
@@ -188,7 +212,9 @@ def _fit(context: StepContext, settings: dict[str, Any]) -> None:
         ),
     )
     try:
-        trainer.fit()
+        result = trainer.fit()
+        if (failure := result.return_value) is not None:
+            raise ERRORS[failure["kind"]](failure["error"])
     except ray.train.TrainingFailedError as error:
         raise _explain(error) from error
     finally:

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,33 @@ def make_png() -> Callable[..., bytes]:
 
 @pytest.fixture
 def write_data_set() -> Callable[..., dict[str, Any]]:
-    """Writes a training split into a storage root, as `preprocess` would; its manifest."""
+    """Writes splits into a storage root, as `preprocess` would; the manifest.
 
-    def write(storage: LocalStorage, items: np.ndarray) -> dict[str, Any]:
-        names = [str(k) for k in range(len(items))]
-        content = write_arrow(items, [None] * len(items), names)
-        storage.create("d/train.arrow", content)
-        file = {"split": "train", "file": "train.arrow", "count": len(items), "sha256": ""}
-        document = {"classes": None, "shards": [{"input": "x", "directory": "d", "files": [file]}]}
+    The last `num_validation` items are the validation split, the others the training split.
+    """
+
+    def write(
+        storage: LocalStorage,
+        items: np.ndarray,
+        labels: Sequence[int] | None = None,
+        num_validation: int = 0,
+    ) -> dict[str, Any]:
+        files = []
+        cut = len(items) - num_validation
+        for split, here in (("train", slice(0, cut)), ("validation", slice(cut, None))):
+            names = [f"{split}/{k}" for k in range(len(items[here]))]
+            of_items = [None] * len(names) if labels is None else list(labels[here])
+            storage.create(f"d/{split}.arrow", write_arrow(items[here], of_items, names))
+            facts = {"split": split, "count": len(names), "sha256": ""}
+            files.append(facts | {"file": f"{split}.arrow"})
+        document = {
+            "classes": None,
+            "labels": {
+                split: {str(label): 1 for label in labels or ()}
+                for split in ("train", "validation", "test")
+            },
+            "shards": [{"input": "x", "directory": "d", "files": files}],
+        }
         text = json.dumps(document).encode()
         storage.create("steps/preprocess/k/dataset.json", text)
         artifact = {"file": "dataset.json", "sha256": hashlib.sha256(text).hexdigest()}

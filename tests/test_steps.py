@@ -16,10 +16,10 @@ import pytest
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.evaluate import _sample
 from pipeline.features import Classifier
 from pipeline.loader import sample_ids
 from pipeline.models import make_unet
+from pipeline.sampling import sample_items
 from pipeline.sources import list_inputs
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
@@ -36,7 +36,7 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "preprocess": 3,
         "features": 1,
         "reference": 1,
-        "train": 2,
+        "train": 3,
         "evaluate": 3,
         "promote": 1,
         "report": 1,
@@ -65,7 +65,7 @@ def test_train_and_evaluate(
     assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-4)
     model = make_unet(config, config.train.seed)
     model.load_state_dict(dict(checkpoint.ema))
-    samples = _sample(config, model, range(0, 4))
+    samples = sample_items(config, model, range(4))
     assert samples.flatten(1).mean(1).tolist() == pytest.approx(GOLDEN_MEANS, abs=1e-4)
 
 

@@ -355,7 +355,7 @@ def finish_training(config_path: Path) -> UNet:
     manifest = {
         "step": "train",
         "key": step.key,
-        "metrics": {"num_steps": config.train.num_steps},
+        "metrics": {"num_steps": config.train.num_steps, "num_classes": None},
         "artifacts": {
             "ema.safetensors": {
                 "file": "ema-0.safetensors",

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.loader import (
-    batch_positions,
     draw_coin,
     draw_noise,
     draw_timesteps,
@@ -24,13 +23,6 @@ def test_epochs_and_seeds_differ() -> None:
     first, second = (sample_ids(0, np.arange(100) + e * 100, 100) for e in (0, 1))
     assert first.tolist() != second.tolist()
     assert sample_ids(1, np.arange(100), 100).tolist() != first.tolist()
-
-
-@given(step=st.integers(0, 1000), world_size=st.sampled_from([1, 2, 3, 4, 6]))
-def test_any_number_of_workers_sees_the_same_batch(step: int, world_size: int) -> None:
-    batch = 16 * 12
-    together = [batch_positions(step, batch, rank, world_size) for rank in range(world_size)]
-    assert np.array_equal(np.concatenate(together), np.arange(step * batch, (step + 1) * batch))
 
 
 @given(key=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)))

@@ -1,0 +1,55 @@
+"""What is measured between two rows of metrics, on the device."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NUM_QUARTERS = 4
+
+
+class Meter:
+    """Losses and norms of gradients; no step waits for a number.
+
+    Args:
+        num_timesteps: T of the process; the first quarter has the least noise.
+        device: of the losses.
+    """
+
+    def __init__(self, num_timesteps: int, device: torch.device) -> None:
+        self._num_timesteps = num_timesteps
+        self._totals = torch.zeros(2, NUM_QUARTERS, dtype=torch.float64, device=device)
+        self._grad_norms: list[Tensor] = []
+
+    def add(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Takes the losses of samples, float32 [N], and their timesteps, int64 [N]."""
+        quarters = timesteps * NUM_QUARTERS // self._num_timesteps
+        is_in = quarters[:, None] == torch.arange(NUM_QUARTERS, device=quarters.device)
+        of_sample = torch.stack([losses.detach().double(), torch.ones_like(losses).double()])
+        self._totals += of_sample @ is_in.double()
+
+    def add_grad_norm(self, norm: Tensor) -> None:
+        """Takes the norm of a step's gradient, before clipping."""
+        self._grad_norms.append(norm.detach())
+
+    def is_finite(self) -> bool:
+        """Whether all losses taken on this rank were."""
+        return bool(torch.isfinite(self._totals).all())
+
+    def take(self, world_size: int) -> dict[str, Any]:
+        """The means since the last time, over all ranks; `loss_by_noise` from little to much.
+
+        A quarter of the noise levels that no sample fell into has None.
+        """
+        totals, self._totals = self._totals, torch.zeros_like(self._totals)
+        norms, self._grad_norms = self._grad_norms, []
+        if world_size > 1:
+            dist.all_reduce(totals)
+        sums, counts = totals.tolist()
+        return {
+            "loss": sum(sums) / sum(counts),
+            "loss_by_noise": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
+            "grad_norm": float(torch.stack(norms).mean()),
+            "num_samples": int(sum(counts)),
+        }

@@ -1,0 +1,56 @@
+"""The precision of training, and what the last bit of its result depends on."""
+
+import contextlib
+import platform
+from typing import Any
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.settings import TrainConfig
+
+
+def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The type that the network computes in; its weights are float32 always.
+
+    Raises:
+        ConfigError: the device does not have it.
+    """
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    match config.precision:
+        case "auto":
+            return torch.bfloat16 if device.type == "cuda" and has_bf16 else torch.float32
+        case "fp32":
+            return torch.float32
+        case "bf16":
+            if not has_bf16:
+                raise ConfigError(
+                    f"train.precision = bf16, and {torch.cuda.get_device_name(device)} has no "
+                    'bf16. Use "fp16" or "auto".'
+                )
+            return torch.bfloat16
+        case "fp16":
+            return torch.float16
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> Any:
+    """A context in which the network computes in this type."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What equal bits depend on beside the config; recorded with every checkpoint."""
+    environment = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "world_size": world_size,
+        "device": device.type,
+    }
+    if device.type == "cpu":
+        environment["threads"] = torch.get_num_threads()
+        environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    else:
+        environment["gpu"] = torch.cuda.get_device_name(device)
+    return environment

@@ -1,0 +1,84 @@
+"""The network as all ranks train it together: gradients averaged, and the wait for it measured."""
+
+import contextlib
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """One rank's copy of the network.
+
+    Args:
+        model: the network, on its device.
+        world_size: number of ranks; with one, gradients stay as they are.
+        watch: told how long a backward pass waited for other ranks.
+    """
+
+    def __init__(self, model: nn.Module, world_size: int, watch: Stopwatch) -> None:
+        self._model, self._watch = model, watch
+        self._is_gpu = next(model.parameters()).is_cuda
+        self._last_bucket: Any = None  # when the last of the gradients was there
+        self.module: nn.Module | Any = model  # to be called
+        self._ddp: DistributedDataParallel | None = None
+        if world_size > 1:
+            self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self._ddp.register_comm_hook(None, self._average)
+            self.module = self._ddp
+
+    def compile(self) -> None:
+        """Has torch compile the network; call `run_once` next."""
+        self.module = torch.compile(self.module)
+
+    def give_up_compiling(self, error: Exception) -> None:
+        """Says that it did not work, and goes on without."""
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        logger.warning("torch.compile failed, training goes on without it: %s", first)
+        self.module = self._ddp or self._model
+
+    def synchronised(self, is_last: bool) -> Any:
+        """A context for a part of a batch: only the last one's gradients are averaged."""
+        if self._ddp is None or is_last:
+            return contextlib.nullcontext()
+        return self._ddp.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Runs the backward pass; what it waited for others is marked as `sync`."""
+        self._last_bucket = None
+        loss.backward()
+        if self._last_bucket is None:
+            return
+        if not self._is_gpu:
+            self._watch.mark("compute", at=self._last_bucket)
+            self._watch.mark("sync")
+            return
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        self._watch.mark("compute")
+        self._watch.move(self._last_bucket.elapsed_time(end) / 1000, "compute", "sync")
+
+    def _average(  # DDP checks these types
+        self,
+        state: None,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[torch.Tensor]:
+        if bucket.is_last():
+            if self._is_gpu:
+                self._last_bucket = torch.cuda.Event(enable_timing=True)
+                self._last_bucket.record()
+            else:
+                self._last_bucket = time.perf_counter()
+        group = dist.group.WORLD
+        assert group is not None  # it is up: there is more than one rank
+        return default_hooks.allreduce_hook(group, bucket)

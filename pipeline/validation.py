@@ -1,0 +1,80 @@
+"""The loss on the validation split: always the same samples, timesteps and noise."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffusion_core import Diffusion
+from pipeline.batches import Batch
+from pipeline.loader import draw_noise, draw_timesteps
+from pipeline.precision import autocast
+from pipeline.settings import NOISE_GROUP
+from pipeline.shards import ArrowItems
+
+NUM_SAMPLES = 512  # at most; the split's first, which the hash of their content has mixed
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    diffusion: Diffusion,
+    items: ArrowItems,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
+    """The mean loss of a network in eval mode; every rank measures a share and gets the whole.
+
+    Args:
+        model: the network, usually the moving average, on the device of its parameters.
+        diffusion: the process, on the same device.
+        items: the validation split.
+        seed: of the noise; timesteps are spread evenly.
+        dtype: that the network computes in.
+        rank: of this process.
+        world_size: number of processes.
+    """
+    count = min(len(items), NUM_SAMPLES)
+    num_groups = -(-count // NOISE_GROUP)
+    device = next(model.parameters()).device
+    key = (seed, 0, 0)
+    timesteps = draw_timesteps(key, count, diffusion.num_train_timesteps, "stratified")
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    for group in range(rank * num_groups // world_size, (rank + 1) * num_groups // world_size):
+        ids = np.arange(group * NOISE_GROUP, min(count, (group + 1) * NOISE_GROUP))
+        noise = draw_noise(key, range(group, group + 1), items.shape, diffusion.offset_noise)
+        batch = Batch(
+            items=torch.from_numpy(items.gather(ids)),
+            timesteps=timesteps[ids],
+            noise=noise[: len(ids)],
+            class_labels=_labels(diffusion, items, ids),
+            self_condition=False if diffusion.self_condition else None,
+        )
+        with autocast(dtype, device):
+            losses = loss_of(batch.to(device), model, diffusion)
+        total += losses.double().sum()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return float(total) / count
+
+
+def loss_of(batch: Batch, model: nn.Module, diffusion: Diffusion) -> Tensor:
+    """The loss of each sample of a batch, float32 [N]; gradients flow."""
+    return diffusion.loss_per_sample(
+        model,
+        batch.x_start(),
+        t=batch.timesteps,
+        noise=batch.noise,
+        self_condition=batch.self_condition,
+        class_labels=batch.class_labels,
+    )
+
+
+def _labels(diffusion: Diffusion, items: ArrowItems, ids: np.ndarray) -> Tensor | None:
+    if diffusion.null_label is None:
+        return None
+    labels = torch.from_numpy(items.labels[ids])
+    return labels.masked_fill(labels < 0, diffusion.null_label)
