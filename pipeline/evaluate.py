@@ -21,11 +21,11 @@ from diffusion_core import CHUNK, Diffusion, make_image_noise
 from pipeline.cluster import lost_task
 from pipeline.dataset import class_counts, open_split, read_dataset
 from pipeline.errors import EvaluationError
-from pipeline.features import check_counts, extract, load_extractor, quantise, read_features
+from pipeline.features import check_counts, extract, load_extractor, read_features
 from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.loader import keyed_seed
 from pipeline.models import make_diffusion, make_unet
-from pipeline.sampling import sample_items, spread_labels
+from pipeline.sampling import quantise, sample_items, spread_labels
 from pipeline.settings import Config
 from pipeline.shards import write_arrow
 from pipeline.statistics import FeatureSums, frechet_distance, sum_features

@@ -133,11 +133,6 @@ def extract(extractor: nn.Module, images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def quantise(x: Tensor) -> np.ndarray:
-    """Images in [-1, 1] as uint8, by rounding: what is stored and scored."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-
-
 def _train_classifier(storage_uri: str, data: dict[str, Any], settings: str) -> dict[str, Any]:
     config = FeaturesConfig.model_validate_json(settings)
     storage = open_storage(storage_uri)

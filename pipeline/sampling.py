@@ -53,6 +53,11 @@ def sample_items(
     )
 
 
+def quantise(x: Tensor) -> np.ndarray:
+    """Images in [-1, 1] as uint8, by rounding: what is stored and scored."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
 def spread_labels(counts: Mapping[int, int], numbers: range, num_samples: int) -> Tensor:
     """The label of each of these samples, int64: all together as frequent as in the data set.
 

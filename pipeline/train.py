@@ -8,7 +8,6 @@ Progress reaches the driver, and `status`, through `progress.json` in the storag
 import contextlib
 import gc
 import json
-import logging
 import threading
 import time
 import uuid
@@ -23,9 +22,8 @@ from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
 from pipeline.settings import Config
 from pipeline.storage import ObjectStorage, Storage, open_storage
+from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
 from pipeline.workflow import StepContext
-
-PROGRESS_EVERY_S = 1.0
 
 
 def train(context: StepContext) -> dict[str, Any]:
@@ -127,8 +125,10 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, str] | None:
     context = ray.train.get_context()
     config = Config.model_validate_json(settings["config"])
     storage = open_storage(settings["storage"])
+    views = TrainingViews(config, storage, settings["directory"], settings["started"])
     hooks = Hooks(
-        on_row=_ProgressFile(storage, settings["directory"], config, settings["started"]).on_row,
+        on_row=views.on_row,
+        on_samples=views.on_samples,
         wants_checkpoint=_is_preempted if settings["watches_preemption"] else lambda: False,
     )
     try:
@@ -152,37 +152,6 @@ def _is_preempted() -> bool:
     import ray.train
 
     return ray.train.get_preemption_info() is not None
-
-
-class _ProgressFile:
-    """Where rank 0 writes how far it is, for the driver and for `status`."""
-
-    def __init__(self, storage: Storage, directory: str, config: Config, started: float) -> None:
-        self._storage, self._path = storage, f"{directory}/progress.json"
-        self._num_steps, self._started = config.train.num_steps, started
-        self._notes = _CollectedWarnings()
-        logging.getLogger("pipeline").addHandler(self._notes)
-        self._told_at, self._first_step_s = 0.0, None
-
-    def on_row(self, row: Row, first_step: int) -> None:
-        """Writes at most once a second, and at the end."""
-        now = time.time()
-        step, left = row["global_step"], self._num_steps - row["global_step"]
-        if self._first_step_s is None:
-            self._first_step_s = now - row["wall_s"] - self._started
-        if now - self._told_at < PROGRESS_EVERY_S and left:
-            return
-        self._told_at = now
-        document = row | {
-            "num_steps": self._num_steps,
-            "resumed_from": first_step,
-            "seconds_left": left * row["images_seen"] / step / row["images_per_s"],
-            "at": now,
-            "seconds_to_first_step": self._first_step_s,
-            "notes": self._notes.texts,
-        }
-        with contextlib.suppress(StorageError):  # only for the eye: the next one may pass
-            self._storage.replace(self._path, json.dumps(document).encode())
 
 
 def _fit(context: StepContext, settings: dict[str, Any]) -> None:
@@ -320,14 +289,3 @@ def _read_progress(storage: Storage, directory: str) -> dict[str, Any] | None:
         return json.loads(storage.read(f"{directory}/progress.json"))
     except (FileNotFoundError, StorageError):
         return None
-
-
-class _CollectedWarnings(logging.Handler):
-    """Keeps the warnings of a worker, so that they reach the person at the driver."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())

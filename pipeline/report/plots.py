@@ -17,7 +17,13 @@ SMOOTHED_SHARE = 0.05  # of the curve that one point of the smoothed line averag
 
 
 def image_grid(images: np.ndarray, columns: int, tile_px: int, gap_px: int = 4) -> str:
-    """A grid of uint8 images [N, C, H, W] as a PNG data URI.
+    """A grid of uint8 images [N, C, H, W] as a PNG data URI; see `draw_grid`."""
+    content = draw_grid(images, columns, tile_px, gap_px)
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def draw_grid(images: np.ndarray, columns: int, tile_px: int, gap_px: int = 4) -> bytes:
+    """A grid of uint8 images [N, C, H, W] as a PNG.
 
     Small images are enlarged smoothly to about `tile_px`, which is how an eye reads them; none
     is made smaller.
@@ -32,7 +38,21 @@ def image_grid(images: np.ndarray, columns: int, tile_px: int, gap_px: int = 4) 
         canvas.paste(tile, (k % columns * (width + gap_px), k // columns * (height + gap_px)))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def draw_sequences(sequences: np.ndarray, columns: int) -> bytes:
+    """A grid of curves of sequences [N, C, L], with one scale for all, as a PNG."""
+    rows = math.ceil(len(sequences) / columns)
+    figure = Figure(figsize=(1.5 * columns, 0.9 * rows), layout="constrained")
+    for axes, sequence in zip(
+        figure.subplots(rows, columns, sharey=True, squeeze=False).flat, sequences, strict=False
+    ):
+        axes.plot(sequence.T, linewidth=0.8)
+        axes.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _tile(image: np.ndarray, tile_px: int) -> Image.Image:

@@ -14,10 +14,10 @@ from PIL import Image, UnidentifiedImageError
 from diffusion_core import Diffusion, NoiseSchedule, make_image_noise, make_schedule
 from diffusion_core.schedules import SCHEDULES
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.features import quantise
 from pipeline.models import make_diffusion
 from pipeline.report.page import render
 from pipeline.report.plots import MUTED, image_grid, to_svg
+from pipeline.sampling import quantise
 from pipeline.settings import Config
 
 NEAR_NOISE_SNR = 0.01  # the signal a tenth of the noise

@@ -1,0 +1,146 @@
+"""What a person sees of a training while it runs, written by rank 0 beside its checkpoints.
+
+`progress.json` for the driver and `status`, `tensorboard/` with all of `metrics.jsonl`, and
+`samples/<step>.png`. All of it is for the eye: when it cannot be written, training goes on.
+"""
+
+import contextlib
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffusion_core import UNet
+from pipeline.checkpoints import Row
+from pipeline.errors import StorageError
+from pipeline.sampling import quantise, sample_items
+from pipeline.settings import Config
+from pipeline.storage import LocalStorage, Storage
+
+PROGRESS_EVERY_S = 1.0
+UPLOAD_EVERY_S = 30.0  # of TensorBoard's file, where the storage is remote
+NUM_SAMPLES, COLUMNS, TILE_PX = 64, 8, 64
+
+
+class TrainingViews:
+    """The hooks of the loop that show it.
+
+    Args:
+        config: the whole config.
+        storage: the root.
+        directory: of the training, below the root.
+        started: when the step began, in seconds since the epoch.
+    """
+
+    def __init__(self, config: Config, storage: Storage, directory: str, started: float) -> None:
+        self._config, self._storage, self._directory = config, storage, directory
+        self._started, self._told_at = started, 0.0
+        self._first_step_s: float | None = None
+        self._notes = _CollectedWarnings()
+        logging.getLogger("pipeline").addHandler(self._notes)
+        self._board: _TensorBoard | None = None
+
+    def on_row(self, row: Row, first_step: int) -> None:
+        """Shows a row of metrics; the progress at most once a second, and at the end."""
+        now = time.time()
+        if self._board is None:
+            self._board = _TensorBoard(self._storage, f"{self._directory}/tensorboard", first_step)
+        is_last = row["global_step"] == self._config.train.num_steps
+        self._board.add(row, is_last=is_last)
+        if self._first_step_s is None:
+            self._first_step_s = now - row["wall_s"] - self._started
+        if now - self._told_at < PROGRESS_EVERY_S and not is_last:
+            return
+        self._told_at = now
+        left = self._config.train.num_steps - row["global_step"]
+        document = row | {
+            "num_steps": self._config.train.num_steps,
+            "resumed_from": first_step,
+            "seconds_left": left * self._config.train.global_batch_size / row["images_per_s"],
+            "at": now,
+            "seconds_to_first_step": self._first_step_s,
+            "notes": self._notes.texts,
+        }
+        with contextlib.suppress(StorageError):  # the next one may pass
+            path = f"{self._directory}/progress.json"
+            self._storage.replace(path, json.dumps(document).encode())
+
+    def on_samples(self, step: int, model: nn.Module) -> None:
+        """Draws the same seeds after so many steps, a column for each class where there are any."""
+        assert isinstance(model, UNet)
+        numbers, num_classes, labels = range(NUM_SAMPLES), model.config.num_classes, None
+        if num_classes is not None:
+            labels = torch.arange(NUM_SAMPLES) % COLUMNS % num_classes
+        with torch.random.fork_rng():
+            samples = sample_items(self._config, model, numbers, class_labels=labels)
+        from pipeline.report.plots import draw_grid, draw_sequences  # matplotlib: only for these
+
+        if self._config.data.is_sequence:
+            picture = draw_sequences(samples.cpu().numpy(), COLUMNS)
+        else:
+            picture = draw_grid(quantise(samples), COLUMNS, TILE_PX)
+        with contextlib.suppress(StorageError):
+            self._storage.replace(f"{self._directory}/samples/{step:09d}.png", picture)
+
+
+class _TensorBoard:
+    """A file of events that TensorBoard reads; rows after `first_step` replace those there."""
+
+    def __init__(self, storage: Storage, directory: str, first_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._storage, self._directory = storage, directory
+        self._is_remote = not isinstance(storage, LocalStorage)
+        if self._is_remote:
+            self._temporary = tempfile.TemporaryDirectory()
+            self._local = Path(self._temporary.name)
+        else:
+            self._local = Path(storage.uri, directory)
+        self._writer = SummaryWriter(str(self._local), purge_step=first_step + 1)
+        self._uploaded_at = time.time()
+
+    def add(self, row: Row, *, is_last: bool) -> None:
+        step = row["global_step"]
+        for name, value in _scalars(row).items():
+            self._writer.add_scalar(name, value, step)
+        if is_last:
+            self._writer.close()
+        if self._is_remote and (is_last or time.time() - self._uploaded_at > UPLOAD_EVERY_S):
+            self._uploaded_at = time.time()
+            self._writer.flush()
+            with contextlib.suppress(StorageError):
+                for path in self._local.iterdir():
+                    self._storage.replace(f"{self._directory}/{path.name}", path.read_bytes())
+        if self._is_remote and is_last:
+            self._temporary.cleanup()
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    """A row as TensorBoard's tags."""
+    scalars = {
+        f"train/{name}": row[name]
+        for name in ("loss", "grad_norm", "learning_rate", "images_per_s")
+    }
+    for quarter, loss in enumerate(row["loss_by_noise"], 1):
+        if loss is not None:
+            scalars[f"loss_by_noise/{quarter}"] = loss
+    for part, seconds in row["seconds"].items():
+        scalars[f"time/{part}"] = seconds / row["wall_s"]
+    if "validation_loss" in row:
+        scalars["validation/loss"] = row["validation_loss"]
+    return scalars
+
+
+class _CollectedWarnings(logging.Handler):
+    """Keeps the warnings of a worker, so that they reach the person at the driver."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())

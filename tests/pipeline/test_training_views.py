@@ -1,0 +1,94 @@
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from pipeline.config import load_config
+from pipeline.loop import Hooks
+from pipeline.storage import LocalStorage, Storage, open_storage
+from pipeline.train import train_in_process
+from pipeline.training_views import TrainingViews
+
+
+def read_events(content: bytes) -> list[tuple[str, int, float]]:
+    """Tag, step and value of all scalars in a file of TensorBoard."""
+    found, place = [], 0
+    while place < len(content):
+        size = int.from_bytes(content[place : place + 8], "little")
+        event = Event.FromString(content[place + 12 : place + 12 + size])
+        found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        place += 16 + size
+    return found
+
+
+def run(
+    config: Any, storage: Storage, data: dict[str, Any], started: float = 0.0
+) -> list[dict[str, Any]]:
+    views = TrainingViews(config, storage, "t", started)
+    hooks = Hooks(on_row=views.on_row, on_samples=views.on_samples)
+    return train_in_process(config, storage, "t", data, hooks=hooks)
+
+
+def test_rows_and_samples_are_to_be_seen(
+    tiny_config: Path, tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), np.uint8)
+    data = write_data_set(storage, pixels)
+    settings = ["train.num_steps=8", "train.log_every=2", "train.sample_every=4"]
+    config = load_config(tiny_config, [*settings, "evaluate.num_steps=3"])
+    rows = run(config, storage, data)
+    progress = json.loads((tmp_path / "t" / "progress.json").read_text())
+    assert progress["global_step"] == progress["num_steps"] == 8
+    assert progress["seconds_left"] == 0
+    assert progress["loss"] == rows[-1]["loss"]
+    (events,) = (tmp_path / "t" / "tensorboard").iterdir()
+    scalars = read_events(events.read_bytes())
+    losses = [value for tag, _, value in scalars if tag == "train/loss"]
+    assert losses == pytest.approx([row["loss"] for row in rows])
+    assert {tag for tag, *_ in scalars} >= {"train/grad_norm", "time/compute", "loss_by_noise/4"}
+    names = sorted(path.name for path in (tmp_path / "t" / "samples").iterdir())
+    assert names == ["000000004.png", "000000008.png"]
+    first, second = ((tmp_path / "t" / "samples" / name).read_bytes() for name in names)
+    assert Image.open(io.BytesIO(first)).size == (8 * 68 - 4, 8 * 68 - 4)
+    assert first != second
+
+
+def test_samples_of_sequences_are_curves_and_of_classes_columns(
+    tiny_config: Path, tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    sequences = np.random.default_rng(0).normal(size=(50, 2, 16)).astype(np.float32)
+    data = write_data_set(storage, sequences, [k % 3 for k in range(50)])
+    text = tiny_config.read_text().replace("resolution = 8", "sequence_shape = [2, 16]")
+    tiny_config.write_text(text.replace('mode = "L"\n', ""))
+    settings = ["train.num_steps=2", "train.sample_every=2", "model.class_conditional=true"]
+    run(load_config(tiny_config, [*settings, "evaluate.num_steps=2"]), storage, data)
+    picture = Image.open(tmp_path / "t" / "samples" / "000000002.png")
+    assert len(np.unique(np.asarray(picture).reshape(-1, len(picture.getbands())), axis=0)) > 3
+
+
+def test_the_file_of_events_goes_to_remote_storage_too(
+    object_store: Any, tiny_config: Path
+) -> None:
+    _, bucket = object_store
+    storage = open_storage(f"s3://{bucket}/root")
+    views = TrainingViews(load_config(tiny_config, ["train.num_steps=4"]), storage, "t", 0.0)
+    row = {
+        "global_step": 4, "images_seen": 64, "loss": 0.5, "loss_by_noise": [0.1, None, 0.2, 0.3],
+        "grad_norm": 1.0, "learning_rate": 0.1, "num_rewinds": 0, "images_per_s": 10.0,
+        "wall_s": 2.0, "seconds": {"compute": 2.0}, "validation_loss": 0.25,
+    }  # fmt: skip
+    logging.getLogger("pipeline.loop").warning("it went back")
+    views.on_row(row, 0)
+    (name,) = storage.list("t/tensorboard")
+    tags = {tag: value for tag, _, value in read_events(storage.read(f"t/tensorboard/{name}"))}
+    assert tags["validation/loss"] == 0.25
+    assert json.loads(storage.read("t/progress.json"))["notes"] == ["it went back"]
