@@ -30,6 +30,7 @@ from pipeline.runs import list_runs, read_progress, read_run
 from pipeline.settings import Config
 from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
+from pipeline.torchrun import dismiss, torchrun_world
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -81,8 +82,19 @@ def preprocess(
 def train(
     config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
 ) -> None:
-    """Train, and do what training needs."""
-    _run_steps(config, set_, as_json, no_wait, ("train",))
+    """Train, and do what training needs. Under torchrun it trains without Ray."""
+    if (world := torchrun_world()) is None:
+        _run_steps(config, set_, as_json, no_wait, ("train",))
+    elif world.rank == 0:
+        try:
+            _run_steps(config, set_, as_json, no_wait, ("train",))
+        finally:
+            dismiss()
+    else:
+        with _errors_to_exit_codes(as_json):
+            from pipeline.train import train_under_torchrun
+
+            train_under_torchrun(world)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from pipeline.settings import Config
 from pipeline.sources import list_inputs
 from pipeline.steps import STEP_NAMES, make_steps
 from pipeline.storage import Storage, check_writable, open_storage
+from pipeline.torchrun import torchrun_world
 from pipeline.units import missing_units
 from pipeline.workflow import (
     Observer,
@@ -167,7 +168,7 @@ def run_config(
 def _preflight(config: Config, planned: Plan) -> None:
     check_writable(planned.storage)
     nodes = local_nodes(config)
-    if nodes is not None and planned.trains:
+    if nodes is not None and planned.trains and torchrun_world() is None:
         check_fits(config, nodes)
     from pipeline.models import make_diffusion  # torch: only once something has to run
 
@@ -181,13 +182,14 @@ def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
         p.action != "cached"
         and p.step.resources != Resources()
         and (p.step.name != "preprocess" or planned.missing_shards)
+        and (p.step.name != "train" or torchrun_world() is None)
         for p in planned.steps
     )
     if not needs_ray:
         yield Resources()
         return
     with connect(config) as nodes:
-        if planned.trains:
+        if planned.trains and torchrun_world() is None:
             check_fits(config, nodes)
         yield total(nodes)
 

@@ -1,4 +1,4 @@
-"""The step `train`: the loop of `loop.py` under Ray Train.
+"""The step `train`: the loop of `loop.py` under Ray Train, or under `torchrun`.
 
 Ray Train starts and watches the workers and replaces dead ones. It is given no checkpoint and
 no score: the project's own store is the truth, and a new worker group continues from it.
@@ -11,7 +11,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
@@ -22,8 +23,11 @@ from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
 from pipeline.settings import Config
 from pipeline.storage import ObjectStorage, Storage, open_storage
+from pipeline.torchrun import World, announce, await_settings, torchrun_world
 from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
 from pipeline.workflow import StepContext
+
+GROUP_TIMEOUT = timedelta(minutes=10)  # of an exchange between ranks: one that is gone is noticed
 
 
 def train(context: StepContext) -> dict[str, Any]:
@@ -40,8 +44,13 @@ def train(context: StepContext) -> dict[str, Any]:
         "started": time.time(),
         "watches_preemption": context.config.cluster.address is not None,
     }
+    world = torchrun_world()
     with _tell_progress(context):
-        _fit(context, settings)
+        if world is None:
+            _fit(context, settings)
+        else:
+            announce(settings)
+            _fit_under_torchrun(settings, world)
     num_steps = context.config.train.num_steps
     checkpoint = CheckpointStore(context.storage, context.series_directory).load(num_steps)
     if checkpoint is None:
@@ -100,13 +109,16 @@ def _num_classes(config: Config, storage: Storage, data: Mapping[str, Any]) -> i
 
 
 @contextlib.contextmanager
-def process_group(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """A process group over gloo on a local port, while the block runs."""
+def process_group(backend: str = "gloo", **where: Any) -> Iterator[None]:
+    """A process group while the block runs.
+
+    Args:
+        backend: gloo, or nccl on GPUs.
+        **where: `init_method`, `rank` and `world_size`; without them the environment tells.
+    """
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
+    dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **where)
     try:
         yield
         dist.barrier()  # rank 0 writes the last checkpoint while the others are done
@@ -117,34 +129,67 @@ def process_group(rank: int, world_size: int, port: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def train_under_torchrun(world: World) -> None:
+    """What the ranks but 0 of `torchrun` do: train when rank 0 does, or leave.
+
+    Raises:
+        RaydiffusionError: as on rank 0, which tells it.
+    """
+    if (settings := await_settings()) is not None:
+        _fit_under_torchrun(settings, world)
+
+
+def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
+    """One rank of the process group that torchrun's environment describes."""
+    import torch
+
+    use_gpu = Config.model_validate_json(settings["config"]).train.use_gpu
+    device = torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    with process_group(backend="nccl" if use_gpu else "gloo"):
+        _train_rank(settings, world.rank, world.world_size, device, lambda: False)
+
+
 def _train_worker(settings: dict[str, Any]) -> dict[str, str] | None:
     """What each worker of Ray Train runs; an error that it would meet again is its result."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
-    config = Config.model_validate_json(settings["config"])
-    storage = open_storage(settings["storage"])
-    views = TrainingViews(config, storage, settings["directory"], settings["started"])
-    hooks = Hooks(
-        on_row=views.on_row,
-        on_samples=views.on_samples,
-        wants_checkpoint=_is_preempted if settings["watches_preemption"] else lambda: False,
-    )
     try:
-        train_in_process(
-            config,
-            storage,
-            settings["directory"],
-            json.loads(settings["data"]),
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=ray.train.torch.get_device(),
-            hooks=hooks,
+        _train_rank(
+            settings,
+            context.get_world_rank(),
+            context.get_world_size(),
+            ray.train.torch.get_device(),
+            _is_preempted if settings["watches_preemption"] else lambda: False,
         )
     except TrainingError as error:
         return {"kind": type(error).__name__, "error": str(error)}
     return None
+
+
+def _train_rank(
+    settings: dict[str, Any],
+    rank: int,
+    world_size: int,
+    device: Any,
+    wants_checkpoint: Callable[[], bool],
+) -> None:
+    config = Config.model_validate_json(settings["config"])
+    storage = open_storage(settings["storage"])
+    views = TrainingViews(config, storage, settings["directory"], settings["started"])
+    train_in_process(
+        config,
+        storage,
+        settings["directory"],
+        json.loads(settings["data"]),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        hooks=Hooks(views.on_row, views.on_samples, wants_checkpoint),
+    )
 
 
 def _is_preempted() -> bool:
@@ -165,7 +210,10 @@ def _fit(context: StepContext, settings: dict[str, Any]) -> None:
     trainer = _make_trainer_class()(
         _train_worker,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if train_config.use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(
+            backend="nccl" if train_config.use_gpu else "gloo",
+            timeout_s=int(GROUP_TIMEOUT.total_seconds()),
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train_config.num_workers,
             use_gpu=train_config.use_gpu,

@@ -32,7 +32,8 @@ def train_rank(
     out: Connection,
 ) -> None:
     hooks = Hooks(on_row=lambda row, first_step: out.send((first_step, row["global_step"])))
-    with process_group(rank, WORLD_SIZE, port):
+    address = f"tcp://127.0.0.1:{port}"
+    with process_group(init_method=address, rank=rank, world_size=WORLD_SIZE):
         train_in_process(
             config, LocalStorage(root), name, data, rank=rank, world_size=WORLD_SIZE, hooks=hooks
         )

@@ -82,7 +82,8 @@ def run_rank(
 ) -> None:
     if poison is not None and poison[0] == rank:
         BatchMaker.make = poisoned(BatchMaker.make, {poison[1]})
-    with process_group(rank, world_size, port):
+    address = f"tcp://127.0.0.1:{port}"
+    with process_group(init_method=address, rank=rank, world_size=world_size):
         for name, config in jobs:
             train_in_process(
                 config, LocalStorage(root), name, json.loads(data), rank=rank, world_size=world_size

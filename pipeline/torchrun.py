@@ -1,0 +1,64 @@
+"""Training under `torchrun`, without Ray.
+
+    torchrun --nproc-per-node 2 -m jobs train CONFIG
+
+Every process runs the same command. Rank 0 follows the plan as ever and makes the step; the
+others wait until it trains, run the loop with it, and leave. They meet at torchrun's own store.
+Nothing here imports torch until it is used: every command asks whether torchrun started it.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+LONGEST_WAIT = timedelta(days=7)  # of the other ranks, for what comes before training
+_KEY = "raydiffusion/settings"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that torchrun started, and which of them this is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def torchrun_world() -> World | None:
+    """What torchrun says of this process; None where it did not start it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    rank, world_size, local_rank = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
+    return World(rank, world_size, local_rank)
+
+
+def announce(settings: dict[str, Any]) -> None:
+    """On rank 0: has the other ranks train with these settings."""
+    _open_store().set(_KEY, json.dumps(settings))
+
+
+def dismiss() -> None:
+    """On rank 0, at the end: has the other ranks leave, if they still wait."""
+    _open_store().compare_set(_KEY, "", json.dumps(None))
+
+
+def await_settings() -> dict[str, Any] | None:
+    """On the other ranks: the settings to train with; None: there is nothing to do."""
+    store = _open_store()
+    store.wait([_KEY], LONGEST_WAIT)
+    return json.loads(store.get(_KEY))
+
+
+def _open_store() -> Any:
+    """That of torchrun; a restarted attempt has keys of its own."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False
+    )
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
