@@ -321,7 +321,9 @@ class _Training:
         config, done = self.config, self.step
         is_last = done == config.num_steps
         closes_row = done % config.log_every == 0 or is_last
+        self.watch.mark("metrics")
         wants_checkpoint = closes_row and self.hooks.wants_checkpoint()
+        self.watch.mark("callbacks")
         validates = _is_due(config.validate_every, done) and self.validation is not None
         saves = done % config.checkpoint_every == 0 or is_last or wants_checkpoint
         # A checkpoint closes a row, so that a resumed history goes on alike.
@@ -339,20 +341,21 @@ class _Training:
                 rank=self.rank,
                 world_size=self.world_size,
             )
+        self.watch.mark("metrics")
         if self.rank == 0 and _is_due(config.sample_every, done):
             self.hooks.on_samples(done, self.ema.model)
-        self.watch.mark("report")
+            self.watch.mark("callbacks")
         if saves and self.rank == 0:
             self.writer.write(self._state())
             self.watch.mark("checkpoint")
         if self.rank == 0:
             self.hooks.on_row(row, self.first_step)
-            self.watch.mark("report")
+            self.watch.mark("callbacks")
 
     def _row(self) -> Row:
         """The metrics since the last row; ranks add up their losses."""
         measured = self.meter.take(self.world_size)
-        self.watch.mark("sync" if self.world_size > 1 else "report")
+        self.watch.mark("sync" if self.world_size > 1 else "metrics")
         wall, seconds = self.watch.take()
         num_images = measured.pop("num_samples")
         row: Row = {

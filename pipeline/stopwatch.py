@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, get_args
 
-Part = Literal["compute", "data", "sync", "checkpoint", "report"]
+Part = Literal["compute", "data", "sync", "checkpoint", "metrics", "callbacks"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -12,8 +12,8 @@ class Stopwatch:
     """Adds up the time since the last mark to one part after another.
 
     `compute` is the network and the optimiser, `data` the wait for a batch, `sync` the wait for
-    other ranks, `checkpoint` copying the state and waiting for the checkpoint before, `report`
-    metrics, validation, samples and callbacks.
+    other ranks, `checkpoint` copying the state and waiting for the checkpoint before, `metrics`
+    adding them up and the validation loss, `callbacks` what the loop runs in: progress, samples.
 
     Args:
         clock: seconds.

@@ -15,7 +15,14 @@ def test_every_second_belongs_to_one_part() -> None:
     wall, parts = watch.take()
     assert (wall, parts) == (
         7.0,
-        {"data": 1.0, "compute": 2.0, "sync": 1.5, "checkpoint": 2.0, "report": 0.0},
+        {
+            "data": 1.0,
+            "compute": 2.0,
+            "sync": 1.5,
+            "checkpoint": 2.0,
+            "metrics": 0.0,
+            "callbacks": 0.0,
+        },
     )
     assert sum(parts.values()) == pytest.approx(6.5)
 
@@ -31,5 +38,6 @@ def test_taking_starts_anew() -> None:
         "data": 2.0,
         "sync": 0.0,
         "checkpoint": 0.0,
-        "report": 0.0,
+        "metrics": 0.0,
+        "callbacks": 0.0,
     }
