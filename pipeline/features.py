@@ -17,8 +17,9 @@ from pipeline.checkpoints import to_safetensors
 from pipeline.cluster import send_task
 from pipeline.dataset import open_shards, open_split, read_dataset
 from pipeline.errors import DataError
+from pipeline.loader import keyed_seed
 from pipeline.host import torch_threads
-from pipeline.loader import keyed_seed, sample_ids
+from pipeline.order import sample_ids
 from pipeline.settings import Config, FeaturesConfig
 from pipeline.shards import ArrowItems
 from pipeline.storage import open_storage

@@ -1,37 +1,17 @@
-"""Which image is when: the data order and the randomness of training as functions.
+"""The randomness of training as functions.
 
-Nothing here has state. The samples of a global batch follow from (seed, epoch, position) and
-all noise from (seed, batch, rewinds, group of 16 positions), whatever the number of workers, so
-that a resumed run continues exactly and a split one sees the same.
+Nothing here has state: all noise follows from (seed, batch, rewinds, group of 16 positions of the
+global batch), whatever the number of workers, so that a resumed run continues exactly and a split
+one draws the same. Which items are in a batch is in `order.py`.
 """
 
-import functools
 import hashlib
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_core import noise, timesteps
 from pipeline.settings import NOISE_GROUP
-
-
-def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:
-    """The sample at each position of the endless training order, epoch after epoch.
-
-    Every epoch is a permutation of its own, drawn from (seed, epoch).
-
-    Args:
-        seed: of the order.
-        positions: int64, counted from the beginning of training over all workers.
-        num_samples: in an epoch.
-    """
-    epochs = positions // num_samples
-    ids = np.empty(len(positions), np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        ids[here] = _epoch_order(seed, int(epoch), num_samples)[positions[here] % num_samples]
-    return ids
 
 
 def draw_timesteps(
@@ -84,9 +64,3 @@ def keyed_seed(*key: int | str) -> int:
 
 def _generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    bits = np.random.Philox(key=keyed_seed("order", seed, epoch))
-    return np.random.Generator(bits).permutation(num_samples)

@@ -7,10 +7,10 @@ and member that the item came from). Equal rows give equal bytes. Plain pyarrow 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +82,53 @@ def _label_column(labels: Sequence[Label]) -> pa.Array:
     return pa.DictionaryArray.from_arrays(indices, pa.array(classes, type=pa.string()))
 
 
+class ShardUse(NamedTuple):
+    """When a reader needs a shard, in items that it has read since its plan began.
+
+    Between the two all rows of the shard may be asked for.
+    """
+
+    shard: int
+    since: int  # items read before the first of it can be asked for
+    until: int  # items read when it is done with
+
+
+class Items(Protocol):
+    """The items of a split as one sequence, wherever their shards are. One thread reads."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, H, W] of every image, or [C, L] of every sequence."""
+        ...
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Items of each shard; ids count through the shards in this order."""
+        ...
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """The items with these ids, uint8 or float32 [len(ids), *shape], a copy."""
+        ...
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        """Their labels, int64 [len(ids)], -1 where there is none."""
+        ...
+
+    def prefetch(self, uses: Iterable[ShardUse]) -> None:
+        """Says which shards will be needed, in this order, in place of what was said before.
+
+        Called before reading begins and when it goes on elsewhere. What is needed counts from
+        this call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what runs in the background; nothing can be read afterwards."""
+        ...
+
+
 @dataclass(frozen=True)
 class ArrowFile:
     """A local shard file; rows that are `excluded` are not seen by readers."""
@@ -90,64 +137,115 @@ class ArrowFile:
     excluded: Sequence[int] = ()
 
 
+class OpenShard:
+    """The items of one shard that are seen, memory-mapped.
+
+    Args:
+        table: of the shard's file, mapped.
+        excluded: rows that are not seen.
+        label_ids: class ids by name; None where labels are numbers.
+    """
+
+    def __init__(
+        self, table: pa.Table, excluded: Sequence[int], label_ids: Mapping[str, int] | None
+    ) -> None:
+        self.array = table.column(0).chunk(0).to_numpy_ndarray()
+        self.rows: np.ndarray | None = None  # those seen, where not all are
+        self.labels = _label_ids(table.column("label").chunk(0), label_ids)
+        if excluded:
+            self.rows = np.delete(np.arange(len(self.array)), excluded)
+            self.labels = self.labels[self.rows]
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """Copies of some of the items that are seen, by their number among these."""
+        return self.array[rows if self.rows is None else self.rows[rows]]
+
+
+def open_table(path: Path) -> pa.Table:
+    """The content of an Arrow file, memory-mapped; it stays readable when the file is deleted."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def number_classes(classes: Sequence[str] | None) -> dict[str, int] | None:
+    """Class ids by name; None where labels are numbers."""
+    return None if classes is None else {name: id_ for id_, name in enumerate(classes)}
+
+
 class ArrowItems:
     """The items of several shards as one sequence, memory-mapped and indexed at random.
 
     Args:
         files: item ids count through them in this order.
         classes: class names by their id; None where labels are numbers.
+        tables: of the files, where they are mapped already.
     """
 
-    def __init__(self, files: Sequence[ArrowFile], classes: Sequence[str] | None = None) -> None:
-        self._arrays: list[np.ndarray] = []
-        self._rows: list[np.ndarray | None] = []  # those seen, where not all are
-        labels: list[np.ndarray] = []
-        counts: list[int] = []
-        ids = None if classes is None else {name: id_ for id_, name in enumerate(classes)}
-        for file in files:
-            table = pa.ipc.open_file(pa.memory_map(str(file.path))).read_all()
-            rows = None
-            if file.excluded:
-                rows = np.delete(np.arange(table.num_rows), file.excluded)
-            if table.num_rows == 0 or (rows is not None and not len(rows)):
-                continue
-            self._arrays.append(table.column(0).chunk(0).to_numpy_ndarray())
-            self._rows.append(rows)
-            found = _label_ids(table.column("label").chunk(0), ids)
-            labels.append(found if rows is None else found[rows])
-            counts.append(len(labels[-1]))
+    def __init__(
+        self,
+        files: Sequence[ArrowFile],
+        classes: Sequence[str] | None = None,
+        tables: Sequence[pa.Table] | None = None,
+    ) -> None:
+        self._shards: list[OpenShard] = []
+        label_ids = number_classes(classes)
+        for number, file in enumerate(files):
+            table = open_table(file.path) if tables is None else tables[number]
+            if table.num_rows > len(file.excluded):
+                self._shards.append(OpenShard(table, file.excluded, label_ids))
+        labels = [shard.labels for shard in self._shards]
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.int64)  # -1: none
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        self._starts = self._ends - np.array(counts, np.int64)
+        self.counts = [len(part) for part in labels]
+        self._ends = np.cumsum(self.counts, dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self.labels)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[C, H, W] of every image, or [C, L] of every sequence."""
-        return self._arrays[0].shape[1:]
+        return self._shards[0].array.shape[1:]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The items with these ids, uint8 or float32 [len(ids), *shape], a copy."""
-        out = np.empty((len(ids), *self.shape), self._arrays[0].dtype)
-        shards = np.searchsorted(self._ends, ids, side="right")
-        rows = ids - self._starts[shards]
+        out = np.empty((len(ids), *self.shape), self._shards[0].array.dtype)
+        shards, rows = locate(self._ends, ids)
         present = np.unique(shards)
-        for shard in present:
-            seen = self._rows[shard]
-            if seen is not None:
-                here = shards == shard
-                rows[here] = seen[rows[here]]
         if len(present) <= FEW_SHARDS:
-            for shard in present:
-                here = shards == shard
-                out[here] = self._arrays[shard][rows[here]]
+            for number in present:
+                here = shards == number
+                out[here] = self._shards[number].gather(rows[here])
         else:
-            arrays = self._arrays
-            for k, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-                out[k] = arrays[shard][row]
+            for number in present:
+                seen = self._shards[number].rows
+                if seen is not None:
+                    here = shards == number
+                    rows[here] = seen[rows[here]]
+            pairs = zip(shards.tolist(), rows.tolist(), strict=True)
+            for k, (number, row) in enumerate(pairs):
+                out[k] = self._shards[number].array[row]
         return out
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        """The labels of the items with these ids, int64, -1 where there is none."""
+        return self.labels[ids]
+
+    def prefetch(self, uses: Iterable[ShardUse]) -> None:
+        """Nothing to do: the system reads ahead, and keeps what fits into memory."""
+
+    def close(self) -> None:
+        """Nothing to do: the mappings go with the last reference to them."""
+
+
+def locate(ends: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The shard of each item and its row among those of the shard that are seen.
+
+    Args:
+        ends: number of items in each shard and all before it.
+        ids: of the items.
+    """
+    shards = np.searchsorted(ends, ids, side="right")
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    return shards, ids - starts[shards]
 
 
 def _label_ids(column: pa.Array, ids: Mapping[str, int] | None) -> np.ndarray:

@@ -17,8 +17,8 @@ from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
 from pipeline.features import Classifier
-from pipeline.loader import sample_ids
 from pipeline.models import make_unet
+from pipeline.order import sample_ids
 from pipeline.sampling import sample_items
 from pipeline.sources import list_inputs
 from pipeline.steps import make_steps

@@ -1,28 +1,9 @@
-import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.loader import (
-    draw_coin,
-    draw_noise,
-    draw_timesteps,
-    keyed_seed,
-    sample_ids,
-)
+from pipeline.loader import draw_coin, draw_noise, draw_timesteps, keyed_seed
 from pipeline.settings import NOISE_GROUP
-
-
-@given(seed=st.integers(0, 2**40), num_samples=st.integers(1, 200), epoch=st.integers(0, 5))
-def test_an_epoch_is_a_permutation(seed: int, num_samples: int, epoch: int) -> None:
-    positions = np.arange(num_samples) + epoch * num_samples
-    assert sorted(sample_ids(seed, positions, num_samples)) == list(range(num_samples))
-
-
-def test_epochs_and_seeds_differ() -> None:
-    first, second = (sample_ids(0, np.arange(100) + e * 100, 100) for e in (0, 1))
-    assert first.tolist() != second.tolist()
-    assert sample_ids(1, np.arange(100), 100).tolist() != first.tolist()
 
 
 @given(key=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)))
