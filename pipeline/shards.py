@@ -7,7 +7,7 @@ and member that the item came from). Equal rows give equal bytes. Plain pyarrow 
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -161,6 +161,18 @@ class OpenShard:
         return self.array[rows if self.rows is None else self.rows[rows]]
 
 
+def front_to_back(counts: Sequence[int]) -> Iterator[ShardUse]:
+    """The plan of a reader that takes all items in their order, once.
+
+    Args:
+        counts: items of each shard.
+    """
+    since = 0
+    for shard, count in enumerate(counts):
+        yield ShardUse(shard, since, since + count)
+        since += count
+
+
 def open_table(path: Path) -> pa.Table:
     """The content of an Arrow file, memory-mapped; it stays readable when the file is deleted."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -177,7 +189,7 @@ class ArrowItems:
     Args:
         files: item ids count through them in this order.
         classes: class names by their id; None where labels are numbers.
-        tables: of the files, where they are mapped already.
+        tables: the content of each, where it is mapped already.
     """
 
     def __init__(
