@@ -285,7 +285,7 @@ def _run_steps(
                 wait_for_lease=not no_wait,
             )
         seconds = time.monotonic() - started
-        inspected = _inspect(outcome, output) if inspect else {}
+        inspected = _inspect(outcome, config, output) if inspect else {}
         if as_json:
             _print_json(_outcome_json(outcome, seconds) | inspected)
             return
@@ -294,15 +294,15 @@ def _run_steps(
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
 
 
-def _inspect(outcome: Outcome, output: Path | None) -> dict[str, Any]:
+def _inspect(outcome: Outcome, config: Config, output: Path | None) -> dict[str, Any]:
     """The document of the data set, and where its contact sheet was drawn."""
     from pipeline.dataset import read_dataset
     from pipeline.report.contact_sheet import write_contact_sheet
 
     manifest = outcome.manifests["preprocess"]
-    contact_sheet = write_contact_sheet(outcome.plan.storage, manifest, output)
-    dataset = read_dataset(outcome.plan.storage, manifest)
-    return {"dataset": dataset, "contact_sheet": contact_sheet}
+    storage, cache_bytes = outcome.plan.storage, config.data.cache_bytes
+    contact_sheet = write_contact_sheet(storage, manifest, output, cache_bytes)
+    return {"dataset": read_dataset(storage, manifest), "contact_sheet": contact_sheet}
 
 
 def _say_what_is_left(console: Console, config: Config, planned: Plan) -> None:

@@ -21,10 +21,10 @@ from pipeline.loader import (
     draw_label_drops,
     draw_noise,
     draw_timesteps,
-    sample_ids,
 )
+from pipeline.order import Order
 from pipeline.settings import NOISE_GROUP, TrainConfig
-from pipeline.shards import ArrowItems
+from pipeline.shards import Items
 
 T = TypeVar("T")
 
@@ -83,13 +83,15 @@ class BatchMaker:
         config: the training settings.
         diffusion: the process; its null label stands for none.
         items: the training split.
+        order: of its items.
         rank: of this process.
         world_size: number of processes.
     """
 
     config: TrainConfig
     diffusion: Diffusion
-    items: ArrowItems
+    items: Items
+    order: Order
     rank: int = 0
     world_size: int = 1
 
@@ -110,8 +112,7 @@ class BatchMaker:
         """
         config, size = self.config, self.config.global_batch_size
         here = slice(self.groups.start * NOISE_GROUP, self.groups.stop * NOISE_GROUP)
-        positions = batch * size + np.arange(size, dtype=np.int64)[here]
-        ids = sample_ids(config.seed, positions, len(self.items))
+        ids = self.order.ids(batch, self.groups)
         key = (config.seed, batch, num_rewinds)
         items = torch.from_numpy(self.items.gather(ids))
         if config.horizontal_flip:
@@ -130,10 +131,44 @@ class BatchMaker:
         null_label = self.diffusion.null_label
         if null_label is None:
             return None
-        labels = torch.from_numpy(self.items.labels[ids])
+        labels = torch.from_numpy(self.items.labels_of(ids))
         labels = labels.masked_fill(labels < 0, null_label)
         drops = draw_label_drops(key, self.config.global_batch_size, self.config.label_dropout)
         return self.diffusion.drop_labels(labels, drops[here])
+
+
+def iter_batches(
+    maker: BatchMaker,
+    first_step: int,
+    *,
+    skipped: Sequence[int] = (),
+    num_rewinds: int = 0,
+    for_gpu: bool = False,
+) -> Generator[tuple[int, Batch], None, None]:
+    """A rank's batches from a step to the end of training, with their numbers.
+
+    Args:
+        maker: of this rank.
+        first_step: the step of the first batch, from 0.
+        skipped: numbers of batches that are left out.
+        num_rewinds: so far.
+        for_gpu: made ahead of need and in page-locked memory. On a CPU a thread would only take
+            from the network what it gives.
+    """
+    num_steps = maker.config.num_steps
+    planned = -1  # the batch that the reader was told comes next
+
+    def make(number: int) -> tuple[int, Batch]:
+        nonlocal planned
+        if number != planned:  # at the start, and behind what is skipped
+            ahead = num_steps + len(skipped) - number
+            maker.items.prefetch(maker.order.upcoming_shards(number, maker.groups, ahead))
+        planned = number + 1
+        batch = maker.make(number, num_rewinds)
+        return number, batch.pinned() if for_gpu else batch
+
+    numbers = batch_numbers(first_step, num_steps, skipped)
+    yield from iter_ahead(make, numbers) if for_gpu else map(make, numbers)
 
 
 def batch_numbers(first_step: int, num_steps: int, skipped: Sequence[int]) -> Iterator[int]:

@@ -15,12 +15,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.cached_items import (
+    CachedItems,
+    RemoteShard,
+    check_whole_fits,
+    check_window_fits,
+    fetch_all,
+)
 from pipeline.errors import DataError, StorageError
 from pipeline.hidden import estimate_hidden
-from pipeline.settings import DataConfig
-from pipeline.shards import ArrowFile, ArrowItems
+from pipeline.settings import CACHE_BYTES, NOT_OF_THE_DATA_SET, DataConfig
+from pipeline.shard_cache import RemoteFile, ShardCache
+from pipeline.shards import ArrowFile, ArrowItems, Items, number_classes
 from pipeline.sources import InputShard
-from pipeline.storage import Storage, damaged
+from pipeline.storage import LocalStorage, Storage, damaged
 from pipeline.units import SPLITS, STORAGE_THREADS, unit_directory
 from pipeline.workflow import read_artifact
 
@@ -28,19 +36,30 @@ SCHEMA_VERSION = 2
 SHOWN = 10  # refused items in an error
 
 
-def open_split(storage: Storage, manifest: Mapping[str, Any], split: str) -> ArrowItems:
-    """Opens the items of one split of a preprocessed data set.
+def open_split(
+    storage: Storage,
+    manifest: Mapping[str, Any],
+    split: str,
+    *,
+    whole: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+) -> Items:
+    """Opens the items of one split of a preprocessed data set; see `open_shards`.
 
     Args:
         storage: the root.
         manifest: of the step `preprocess`.
         split: `train`, `validation` or `test`.
+        whole: whether all of it is going to be read at random.
+        cache_bytes: `data.cache_bytes`.
 
     Raises:
-        StorageError: a shard is missing or cut short.
+        DataError: it is remote, to be read at random, and larger than the cache.
+        StorageError: a shard is missing or damaged.
     """
     document = read_dataset(storage, manifest)
-    return open_shards(storage, document, document["shards"], split)
+    shards = document["shards"]
+    return open_shards(storage, document, shards, split, whole=whole, cache_bytes=cache_bytes)
 
 
 def open_shards(
@@ -48,34 +67,77 @@ def open_shards(
     document: Mapping[str, Any],
     shards: Sequence[Mapping[str, Any]],
     split: str,
-) -> ArrowItems:
+    *,
+    whole: bool = True,
+    cache_bytes: int = CACHE_BYTES,
+) -> Items:
     """Opens the items that came from some input shards.
+
+    Local shards are memory-mapped. Remote ones are cached on local disk: all of them now when the
+    `whole` is to be read at random; else each when it is needed, or ahead of that by `prefetch`.
 
     Args:
         storage: the root.
         document: of the data set.
         shards: some of its `shards`.
         split: `train`, `validation` or `test`.
+        whole: whether all of it is going to be read at random.
+        cache_bytes: `data.cache_bytes`.
 
     Raises:
-        StorageError: a shard is missing or cut short.
+        DataError: it is remote, to be read at random, and larger than the cache.
+        StorageError: a shard is missing or damaged.
     """
-    files = [
-        ArrowFile(
-            storage.local_path(f"{shard['directory']}/{file['file']}", file["sha256"]),
-            file.get("excluded", ()),
-        )
-        for shard in shards
-        for file in shard["files"]
-        if file["split"] == split
-    ]
+    files = _files_of(shards, split)
+    if not isinstance(storage, LocalStorage):
+        remote, cache = _remote(files), ShardCache(storage, cache_bytes)
+        if whole:
+            return fetch_all(remote, cache, document["classes"])
+        label_ids = number_classes(document["classes"])
+        return CachedItems(remote, document["shape"], document["dtype"], cache, label_ids)
+    local = [ArrowFile(storage.local_path(path), file.get("excluded", ())) for path, file in files]
     try:
-        return ArrowItems(files, document["classes"])
+        return ArrowItems(local, document["classes"])
     except pa.ArrowInvalid as error:
         raise StorageError(
             f"An Arrow shard below {storage.uri}/steps/shard is cut short ({error}). Delete its "
             "directory and that of the step preprocess, and run again: both are made anew."
         ) from error
+
+
+def check_cache_fits(
+    storage: Storage,
+    manifest: Mapping[str, Any],
+    data: DataConfig,
+    *,
+    global_batch_size: int,
+    num_groups: int,
+) -> None:
+    """Refuses to train on what the shard cache of a node cannot hold; fetches nothing.
+
+    Args:
+        storage: the root; nothing is cached of a local one.
+        manifest: of the step `preprocess`.
+        data: how the data set is read.
+        global_batch_size: over all ranks.
+        num_groups: groups of 16 positions that the ranks of a node have together.
+
+    Raises:
+        DataError: with the arithmetic and what to change.
+    """
+    if isinstance(storage, LocalStorage):
+        return
+    shards = _remote(_files_of(read_dataset(storage, manifest)["shards"], "train"))
+    if data.shuffle_window is None:
+        check_whole_fits(shards, data.cache_bytes)
+    else:
+        check_window_fits(
+            shards,
+            data.cache_bytes,
+            shuffle_window=data.shuffle_window,
+            global_batch_size=global_batch_size,
+            num_groups=num_groups,
+        )
 
 
 def read_dataset(storage: Storage, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +243,7 @@ def make_document(
         "left_out": {reason: n for reason, n in sorted(left_out.items()) if n},
         "ignored_first": list(ignored[:SHOWN]),
         "animated": sum(unit["animated"] for unit in units),
-        "transform": data.model_dump(mode="json", exclude={"sources"}),
+        "transform": data.model_dump(mode="json", exclude=NOT_OF_THE_DATA_SET),
         "inputs": [
             {
                 "name": shard.name,
@@ -232,6 +294,27 @@ def check_document(document: Mapping[str, Any], data: DataConfig, ledger: str) -
                 + f"). Give more {noun}, or change data.validation_fraction and "
                 "data.test_fraction."
             )
+
+
+def _files_of(
+    shards: Sequence[Mapping[str, Any]], split: str
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The Arrow files of a split: where each is below the root, and its facts."""
+    return [
+        (f"{shard['directory']}/{file['file']}", file)
+        for shard in shards
+        for file in shard["files"]
+        if file["split"] == split
+    ]
+
+
+def _remote(files: Sequence[tuple[str, Mapping[str, Any]]]) -> list[RemoteShard]:
+    shards = []
+    for path, file in files:
+        excluded = file.get("excluded", ())
+        remote = RemoteFile(path, file["sha256"], file["bytes"])
+        shards.append(RemoteShard(remote, file["count"] - len(excluded), excluded))
+    return shards
 
 
 def _exclude_duplicates(

@@ -6,6 +6,7 @@ Beside the score stand a floor (real training images) and a ceiling (an untraine
 with the same reference and the same number of images.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -197,8 +198,10 @@ def _draw_strips(context: StepContext) -> dict[str, np.ndarray]:
     """One test image being noised, one sample being denoised, and real images for the grid."""
     config = context.config
     diffusion = make_diffusion(config)
-    test = open_split(context.storage, dict(context.inputs["preprocess"]), REFERENCE_SPLIT)
-    real = test.gather(np.arange(min(len(test), CHUNK)))
+    data, cache_bytes = dict(context.inputs["preprocess"]), config.data.cache_bytes
+    test = open_split(context.storage, data, REFERENCE_SPLIT, whole=False, cache_bytes=cache_bytes)
+    with contextlib.closing(test):
+        real = test.gather(np.arange(min(len(test), CHUNK)))
     counts = _class_counts(context)
     model = make_unet(config, config.train.seed, _num_classes(counts))
     content = context.read_input("train", "ema.safetensors")

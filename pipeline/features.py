@@ -4,7 +4,8 @@ Where no Inception weights can be had, a small classifier trained on the data se
 the extractor: its penultimate layer is the feature vector, and the score says so in its name.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from pipeline.checkpoints import to_safetensors
 from pipeline.cluster import send_task
 from pipeline.dataset import open_shards, open_split, read_dataset
 from pipeline.errors import DataError
-from pipeline.loader import keyed_seed
 from pipeline.host import torch_threads
-from pipeline.order import sample_ids
-from pipeline.settings import Config, FeaturesConfig
-from pipeline.shards import ArrowItems
+from pipeline.loader import keyed_seed
+from pipeline.order import make_order, sample_ids
+from pipeline.settings import NOISE_GROUP, Config, DataConfig, FeaturesConfig
+from pipeline.shards import Items, front_to_back
 from pipeline.storage import open_storage
 from pipeline.workflow import StepContext, read_artifact
 
@@ -69,6 +70,7 @@ def train_extractor(context: StepContext) -> dict[str, Any]:
         context.storage.uri,
         dict(data),
         context.config.features.model_dump_json(),
+        context.config.data.model_dump_json(),
     )
     context.write_artifact("classifier.safetensors", result.pop("weights"))
     context.note(f"held-out accuracy {result['validation_accuracy']:.1%}")
@@ -88,6 +90,7 @@ def measure_reference(context: StepContext) -> dict[str, Any]:
         context.storage.uri,
         dict(context.inputs["preprocess"]),
         dict(context.inputs["features"]),
+        context.config.data.cache_bytes,
     )
     context.write_artifact("features.safetensors", content)
     return {"counts": counts}
@@ -134,13 +137,24 @@ def extract(extractor: nn.Module, images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _train_classifier(storage_uri: str, data: dict[str, Any], settings: str) -> dict[str, Any]:
+def _train_classifier(
+    storage_uri: str, data: dict[str, Any], settings: str, data_settings: str
+) -> dict[str, Any]:
     config = FeaturesConfig.model_validate_json(settings)
+    reading = DataConfig.model_validate_json(data_settings)
     storage = open_storage(storage_uri)
-    images = open_split(storage, data, "train")
-    held_out = open_split(storage, data, "validation")
-    num_classes = int(max(images.labels.max(), held_out.labels.max())) + 1
-    with torch_threads(1), torch.random.fork_rng(devices=[]):
+    num_classes = _count_classes(read_dataset(storage, data))
+    cache_bytes, window = reading.cache_bytes, reading.shuffle_window
+    with (
+        contextlib.closing(
+            open_split(storage, data, "train", whole=window is None, cache_bytes=cache_bytes)
+        ) as images,
+        contextlib.closing(
+            open_split(storage, data, "validation", whole=False, cache_bytes=cache_bytes)
+        ) as held_out,
+        torch_threads(1),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(keyed_seed("classifier", config.seed))
         model = Classifier(images.shape[0], config.width, num_classes)
         optimizer = torch.optim.AdamW(
@@ -149,11 +163,9 @@ def _train_classifier(storage_uri: str, data: dict[str, Any], settings: str) -> 
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, config.learning_rate, total_steps=config.num_steps
         )
-        for step in range(config.num_steps):
-            positions = np.arange(config.batch_size) + step * config.batch_size
-            ids = sample_ids(config.seed, positions, len(images))
+        for ids in _draw_batches(config, images, window):
             logits = model.head(model(torch.from_numpy(images.gather(ids))))
-            loss = F.cross_entropy(logits, torch.from_numpy(images.labels[ids]))
+            loss = F.cross_entropy(logits, torch.from_numpy(images.labels_of(ids)))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -170,15 +182,47 @@ def _train_classifier(storage_uri: str, data: dict[str, Any], settings: str) -> 
         }
 
 
+def _count_classes(document: Mapping[str, Any]) -> int:
+    """One more than the largest label of an image for training or choosing."""
+    names = {*document["labels"]["train"], *document["labels"]["validation"]}
+    classes = document["classes"]
+    return 1 + max(int(name) if classes is None else classes.index(name) for name in names)
+
+
+def _draw_batches(
+    config: FeaturesConfig, images: Items, shuffle_window: int | None
+) -> Iterator[np.ndarray]:
+    """The ids of each step's batch: over all images, or in order within the window."""
+    if shuffle_window is None:
+        for step in range(config.num_steps):
+            positions = np.arange(config.batch_size) + step * config.batch_size
+            yield sample_ids(config.seed, positions, len(images))
+        return
+    groups = range(-(-config.batch_size // NOISE_GROUP))
+    order = make_order(
+        seed=config.seed,
+        counts=images.counts,
+        global_batch_size=len(groups) * NOISE_GROUP,
+        shuffle_window=shuffle_window,
+    )
+    images.prefetch(order.upcoming_shards(0, groups, config.num_steps))
+    for step in range(config.num_steps):
+        yield order.ids(step, groups)[: config.batch_size]
+
+
 @torch.inference_mode()
-def _accuracy(model: Classifier, images: ArrowItems) -> float:
-    features = extract(model, images.gather(np.arange(len(images))))
-    predicted = model.head(torch.from_numpy(features)).argmax(1).numpy()
-    return float((predicted == images.labels).mean())
+def _accuracy(model: Classifier, images: Items) -> float:
+    images.prefetch(front_to_back(images.counts))
+    right = 0
+    for start in range(0, len(images), BATCH):
+        ids = np.arange(start, min(start + BATCH, len(images)))
+        predicted = model.head(model(torch.from_numpy(images.gather(ids)))).argmax(1).numpy()
+        right += int((predicted == images.labels_of(ids)).sum())
+    return right / len(images)
 
 
 def _extract_splits(
-    storage_uri: str, data: dict[str, Any], features: dict[str, Any]
+    storage_uri: str, data: dict[str, Any], features: dict[str, Any], cache_bytes: int
 ) -> tuple[bytes, dict[str, int]]:
     storage = open_storage(storage_uri)
     weights = read_artifact(storage, features, "classifier.safetensors")
@@ -190,10 +234,13 @@ def _extract_splits(
         for split in ("train", "validation", "test"):
             counts[split] = 0
             for shard in document["shards"]:
-                images = open_shards(storage, document, [shard], split)
+                images = open_shards(
+                    storage, document, [shard], split, whole=False, cache_bytes=cache_bytes
+                )
                 if not len(images):
                     continue
-                found = extract(extractor, images.gather(np.arange(len(images))))
+                with contextlib.closing(images):
+                    found = extract(extractor, images.gather(np.arange(len(images))))
                 arrays[f"{split}/{shard['input']}"] = torch.from_numpy(found)
                 counts[split] += len(found)
     return safetensors.torch.save(arrays), counts

@@ -16,17 +16,18 @@ import torch.distributed as dist
 from torch import nn
 
 from diffusion_core import EMA, Diffusion
-from pipeline.batches import Batch, BatchMaker, batch_numbers, iter_ahead
+from pipeline.batches import Batch, BatchMaker, iter_batches
 from pipeline.checkpoint_writer import CheckpointWriter, copy_to_host
 from pipeline.checkpoints import Checkpoint, CheckpointStore, Row
 from pipeline.errors import StorageError, TrainingError
 from pipeline.host import keep_freed_memory
 from pipeline.loader import keyed_seed
 from pipeline.meter import Meter
+from pipeline.order import make_order
 from pipeline.precision import autocast, choose_dtype, describe_environment
 from pipeline.replica import Replica
 from pipeline.settings import TrainConfig
-from pipeline.shards import ArrowItems
+from pipeline.shards import Items
 from pipeline.stopwatch import Stopwatch
 from pipeline.validation import loss_of, validation_loss
 
@@ -52,10 +53,11 @@ def train_loop(
     config: TrainConfig,
     model: nn.Module,
     diffusion: Diffusion,
-    items: ArrowItems,
+    items: Items,
     store: CheckpointStore,
     *,
-    validation: ArrowItems | None = None,
+    validation: Items | None = None,
+    shuffle_window: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
@@ -73,6 +75,7 @@ def train_loop(
         items: the training split.
         store: where checkpoints go; rank 0 writes.
         validation: the validation split, needed for `config.validate_every`.
+        shuffle_window: items that are shuffled together; None: all of them.
         rank: of this process.
         world_size: number of processes.
         device: to train on; the CPU when not given.
@@ -85,8 +88,15 @@ def train_loop(
         TrainingError: the loss was not finite, more often than `config.max_rewinds`.
         StorageError: a checkpoint cannot be written or read.
     """
+    order = make_order(
+        seed=config.seed,
+        counts=items.counts,
+        global_batch_size=config.global_batch_size,
+        shuffle_window=shuffle_window,
+    )
+    batches = BatchMaker(config, diffusion, items, order, rank, world_size)
     training = _Training(
-        config, model, diffusion, items, store, validation, rank, world_size, device, hooks
+        config, model, diffusion, batches, store, validation, device, hooks or Hooks()
     )
     try:
         return training.run()
@@ -102,23 +112,20 @@ class _Training:
         config: TrainConfig,
         model: nn.Module,
         diffusion: Diffusion,
-        items: ArrowItems,
+        batches: BatchMaker,
         store: CheckpointStore,
-        validation: ArrowItems | None,
-        rank: int,
-        world_size: int,
+        validation: Items | None,
         device: torch.device | None,
-        hooks: Hooks | None,
+        hooks: Hooks,
     ) -> None:
         keep_freed_memory()
         self.config, self.store, self.validation = config, store, validation
-        self.rank, self.world_size = rank, world_size
+        self.batches, self.hooks = batches, hooks
+        self.rank, self.world_size = batches.rank, batches.world_size
         self.device = device or torch.device("cpu")
-        self.hooks = hooks or Hooks()
         self.dtype = choose_dtype(config, self.device)
-        self.environment = describe_environment(self.device, world_size)
+        self.environment = describe_environment(self.device, self.world_size)
         self.diffusion = diffusion.to(self.device)
-        self.batches = BatchMaker(config, diffusion, items, rank, world_size)
         self.watch = Stopwatch()
         self.model = model.to(self.device)
         self.ema = EMA(self.model, config.ema_decay)
@@ -130,7 +137,7 @@ class _Training:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.replica = Replica(self.model, world_size, self.watch)
+        self.replica = Replica(self.model, self.world_size, self.watch)
         self.meter = Meter(diffusion.num_train_timesteps, self.device)
         self.writer = CheckpointWriter(store, config.storage_patience_s)
         self.step, self.num_rewinds = 0, 0
@@ -249,7 +256,12 @@ class _Training:
             self.replica.compile()
         if self.world_size == 1 and not self.config.compile:
             return
-        batch = replace(self.batches.make(0, 0), self_condition=False).to(self.device)
+        if self.step == self.config.num_steps:
+            return
+        batches = self._iter_batches()
+        _, batch = next(batches)
+        batches.close()
+        batch = replace(batch, self_condition=False).to(self.device)
 
         def run() -> None:
             with autocast(self.dtype, self.device):
@@ -270,15 +282,13 @@ class _Training:
 
     def _iter_batches(self) -> Generator[tuple[int, Batch], None, None]:
         """The batches from this step on, with their numbers; made ahead where a GPU computes."""
-        numbers = batch_numbers(self.step, self.config.num_steps, self.skipped)
-        num_rewinds, is_gpu = self.num_rewinds, self.device.type == "cuda"
-
-        def make(number: int) -> tuple[int, Batch]:
-            batch = self.batches.make(number, num_rewinds)
-            return number, batch.pinned() if is_gpu else batch
-
-        # On a CPU a thread would only take from the network what it gives.
-        yield from iter_ahead(make, numbers) if is_gpu else map(make, numbers)
+        return iter_batches(
+            self.batches,
+            self.step,
+            skipped=self.skipped,
+            num_rewinds=self.num_rewinds,
+            for_gpu=self.device.type == "cuda",
+        )
 
     def _optimise(self, batch: Batch) -> bool:
         """One optimiser step; False, and nothing is changed, if loss or gradient is not finite."""

@@ -12,6 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 NOISE_GROUP = 16  # positions of the global batch that share one noise stream (design 3.4)
 MAX_ITEM_BYTES = 1 << 28  # of an image or a sequence as it is stored
 MAX_SHARD_BYTES = 1 << 30  # a task holds as much of each split
+CACHE_BYTES = 64 << 30
+# Of `data`: what the data set does not depend on, but only how it is found or read.
+NOT_OF_THE_DATA_SET = {"sources", "shuffle_window", "cache_bytes"}
 LABEL_FIELD = "label"
 _OF_IMAGES = (
     "mode",
@@ -110,6 +113,13 @@ class DataConfig(Section):
     test_fraction: Fraction = Field(default=0.05, description="share held out for the final score")
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.01, description="share of images that may be refused"
+    )
+    shuffle_window: Positive | None = Field(
+        default=None,
+        description="items shuffled together where the data set is read in order; none: over all",
+    )
+    cache_bytes: Positive = Field(
+        default=CACHE_BYTES, description="of local disk for Arrow shards from remote storage"
     )
 
     @property

@@ -6,7 +6,7 @@ inputs; golden tests in `tests/test_steps.py` catch the change that forgets it.
 
 from collections.abc import Sequence
 
-from pipeline.settings import Config
+from pipeline.settings import NOT_OF_THE_DATA_SET, Config
 from pipeline.sources import InputShard
 from pipeline.workflow import Resources, Step
 
@@ -35,13 +35,16 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
         config: the whole config.
         shards: the input shards with their hashes.
     """
-    data = config.data.model_dump(mode="json", exclude={"sources"})
+    data = config.data.model_dump(mode="json", exclude=NOT_OF_THE_DATA_SET)
     train = config.train
     workers = train.num_workers
     sections = {
         name: {f"{name}.{key}": value for key, value in getattr(config, name)}
         for name in ("model", "diffusion", "train", "features", "evaluate")
     }
+    # The order of items; without a window the keys are those from before there was one.
+    window = config.data.shuffle_window
+    order = {} if window is None else {"data.shuffle_window": window}
     for key in NOT_LEARNED:
         del sections["train"][f"train.{key}"]
     for key in ("num_workers", "accumulation_steps"):
@@ -62,7 +65,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
             name="features",
             version=1,
             function="pipeline.features:train_extractor",
-            settings=sections["features"],
+            settings=sections["features"] | order,
             inputs=("preprocess",),
             resources=Resources(cpus=1),
         ),
@@ -78,7 +81,7 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
             name="train",
             version=3,
             function="pipeline.train:train",
-            settings=sections["model"] | sections["diffusion"] | sections["train"],
+            settings=sections["model"] | sections["diffusion"] | sections["train"] | order,
             inputs=("preprocess",),
             resources=Resources(
                 cpus=workers * train.cpus_per_worker, gpus=workers if train.use_gpu else 0

@@ -57,10 +57,6 @@ class Storage(Protocol):
         """Removes what writers that were killed left directly below a directory."""
         ...
 
-    def local_path(self, path: str, sha256: str) -> Path:
-        """A local file with this content, to memory-map; remote ones are cached by hash."""
-        ...
-
 
 def open_storage(root: str) -> Storage:
     """Opens a storage root by path or URI; nothing is created yet."""
@@ -141,7 +137,8 @@ class LocalStorage:
     def clean(self, directory: str) -> None:
         _remove_stale(self._path(directory))
 
-    def local_path(self, path: str, sha256: str) -> Path:
+    def local_path(self, path: str) -> Path:
+        """The file itself, to memory-map; remote ones are cached by `shard_cache.py`."""
         if not self._path(path).exists():
             raise damaged(self, path)
         return self._path(path)
@@ -221,15 +218,6 @@ class ObjectStorage:
 
     def clean(self, directory: str) -> None:
         pass  # an object is there whole or not at all
-
-    def local_path(self, path: str, sha256: str) -> Path:
-        cached = Path("~/.cache/raydiffusion").expanduser() / sha256[:2] / sha256
-        if not cached.exists():
-            content = self.read(path)
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise damaged(self, path)
-            LocalStorage(str(cached.parent)).create(cached.name, content)
-        return cached
 
     def _path(self, path: str) -> str:
         return f"{self.uri}/{path}"

@@ -8,6 +8,7 @@ Progress reaches the driver, and `status`, through `progress.json` in the storag
 import contextlib
 import gc
 import json
+import os
 import threading
 import time
 import uuid
@@ -16,12 +17,12 @@ from datetime import timedelta
 from typing import Any
 
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
-from pipeline.dataset import class_counts, open_split, read_dataset
+from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
 from pipeline.errors import ERRORS, RaydiffusionError, StorageError, TrainingError
 from pipeline.host import torch_threads
 from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
-from pipeline.settings import Config
+from pipeline.settings import NOISE_GROUP, Config
 from pipeline.storage import ObjectStorage, Storage, open_storage
 from pipeline.torchrun import World, announce, await_settings, torchrun_world
 from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
@@ -44,6 +45,9 @@ def train(context: StepContext) -> dict[str, Any]:
         "started": time.time(),
         "watches_preemption": context.config.cluster.address is not None,
     }
+    # At least one rank is on a node; where there are more, they look again themselves.
+    data = dict(context.inputs["preprocess"])
+    _check_cache(context.config, context.storage, data, 1 / context.config.train.num_workers)
     world = torchrun_world()
     with _tell_progress(context):
         if world is None:
@@ -87,16 +91,30 @@ def train_in_process(
         data: the manifest of the step `preprocess`.
         **ranks: `rank`, `world_size`, `device`, `hooks` of `train_loop`.
     """
-    train = config.train
+    train, window = config.train, config.data.shuffle_window
     num_classes = _num_classes(config, storage, data)
-    with torch_threads(train.cpus_per_worker):
+    world_size = ranks.get("world_size", 1)
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun and Ray Train set it
+    _check_cache(config, storage, data, min(on_node, world_size) / world_size)
+    cache_bytes = config.data.cache_bytes
+    items = open_split(storage, data, "train", whole=window is None, cache_bytes=cache_bytes)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(items))
+        validation = None
+        if train.validate_every:
+            validation = open_split(
+                storage, data, "validation", whole=False, cache_bytes=cache_bytes
+            )
+            stack.enter_context(contextlib.closing(validation))
+        stack.enter_context(torch_threads(train.cpus_per_worker))
         return train_loop(
             train,
             make_unet(config, train.seed, num_classes),
             make_diffusion(config, num_classes),
-            open_split(storage, data, "train"),
+            items,
             CheckpointStore(storage, directory, train.keep_every),
-            validation=open_split(storage, data, "validation") if train.validate_every else None,
+            validation=validation,
+            shuffle_window=window,
             **ranks,
         )
 
@@ -197,6 +215,15 @@ def _is_preempted() -> bool:
     import ray.train
 
     return ray.train.get_preemption_info() is not None
+
+
+def _check_cache(
+    config: Config, storage: Storage, data: dict[str, Any], share_of_node: float
+) -> None:
+    """Refuses what the shard cache of a node with this share of the ranks cannot hold."""
+    batch = config.train.global_batch_size
+    num_groups = round(batch // NOISE_GROUP * share_of_node)
+    check_cache_fits(storage, data, config.data, global_batch_size=batch, num_groups=num_groups)
 
 
 def _fit(context: StepContext, settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.settings import DataConfig
+from pipeline.settings import NOT_OF_THE_DATA_SET, DataConfig
 from pipeline.sources import InputShard
 from pipeline.storage import Storage, damaged
 from pipeline.workflow import hash_json
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 UNIT_VERSION = 3  # raise when the same shard and transform make other bytes
 STORAGE_THREADS = 16  # object stores answer many small questions at once
 # What is decided over all units together, not in each.
-_NOT_OF_A_UNIT = {"sources", "max_bad_fraction", "drop_duplicates"}
+_NOT_OF_A_UNIT = NOT_OF_THE_DATA_SET | {"max_bad_fraction", "drop_duplicates"}
 
 
 def unit_key(shard: InputShard, data: DataConfig) -> str:

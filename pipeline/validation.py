@@ -10,7 +10,7 @@ from pipeline.batches import Batch
 from pipeline.loader import draw_noise, draw_timesteps
 from pipeline.precision import autocast
 from pipeline.settings import NOISE_GROUP
-from pipeline.shards import ArrowItems
+from pipeline.shards import Items
 
 NUM_SAMPLES = 512  # at most; the split's first, which the hash of their content has mixed
 
@@ -19,7 +19,7 @@ NUM_SAMPLES = 512  # at most; the split's first, which the hash of their content
 def validation_loss(
     model: nn.Module,
     diffusion: Diffusion,
-    items: ArrowItems,
+    items: Items,
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,
@@ -73,8 +73,8 @@ def loss_of(batch: Batch, model: nn.Module, diffusion: Diffusion) -> Tensor:
     )
 
 
-def _labels(diffusion: Diffusion, items: ArrowItems, ids: np.ndarray) -> Tensor | None:
+def _labels(diffusion: Diffusion, items: Items, ids: np.ndarray) -> Tensor | None:
     if diffusion.null_label is None:
         return None
-    labels = torch.from_numpy(items.labels[ids])
+    labels = torch.from_numpy(items.labels_of(ids))
     return labels.masked_fill(labels < 0, diffusion.null_label)

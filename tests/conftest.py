@@ -27,7 +27,7 @@ from PIL import Image
 from werkzeug.serving import make_server
 
 from pipeline.shards import write_arrow
-from pipeline.storage import LocalStorage
+from pipeline.storage import Storage, hash_content, size_of_content
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
@@ -112,29 +112,37 @@ def make_png() -> Callable[..., bytes]:
 def write_data_set() -> Callable[..., dict[str, Any]]:
     """Writes splits into a storage root, as `preprocess` would; the manifest.
 
-    The last `num_validation` items are the validation split, the others the training split.
+    The last `num_validation` items are the validation split, the others the training split, in
+    so many shards.
     """
 
     def write(
-        storage: LocalStorage,
+        storage: Storage,
         items: np.ndarray,
         labels: Sequence[int] | None = None,
         num_validation: int = 0,
+        num_shards: int = 1,
     ) -> dict[str, Any]:
         files = []
         cut = len(items) - num_validation
-        for split, here in (("train", slice(0, cut)), ("validation", slice(cut, None))):
-            names = [f"{split}/{k}" for k in range(len(items[here]))]
-            of_items = [None] * len(names) if labels is None else list(labels[here])
-            storage.create(f"d/{split}.arrow", write_arrow(items[here], of_items, names))
-            facts = {"split": split, "count": len(names), "sha256": ""}
-            files.append(facts | {"file": f"{split}.arrow"})
+        shards = [("train", part) for part in np.array_split(np.arange(cut), num_shards)]
+        shards.append(("validation", np.arange(cut, len(items))))
+        for number, (split, ids) in enumerate(shards):
+            names = [f"{number}/{k}" for k in range(len(ids))]
+            of_items = [None] * len(ids) if labels is None else [labels[k] for k in ids]
+            content = write_arrow(items[ids], of_items, names)
+            name = f"{split}-{number:05d}.arrow"
+            storage.create(f"d/{name}", content)
+            facts = {"bytes": size_of_content(content), "sha256": hash_content(content)}
+            files.append({"split": split, "file": name, "count": len(ids), **facts})
         document = {
             "classes": None,
             "labels": {
                 split: {str(label): 1 for label in labels or ()}
                 for split in ("train", "validation", "test")
             },
+            "shape": list(items.shape[1:]),
+            "dtype": str(items.dtype),
             "shards": [{"input": "x", "directory": "d", "files": files}],
         }
         text = json.dumps(document).encode()
@@ -220,7 +228,7 @@ class ObjectStore:
 
 
 @pytest.fixture(scope="session")
-def _object_store() -> Iterator[ObjectStore]:
+def _object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """The one S3 server of a test run; every process finds it by its environment."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = ObjectStore()
@@ -231,6 +239,7 @@ def _object_store() -> Iterator[ObjectStore]:
         "AWS_ACCESS_KEY_ID": "x",
         "AWS_SECRET_ACCESS_KEY": "x",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "RAYDIFFUSION_CACHE": str(tmp_path_factory.mktemp("cache")),
     }
     os.environ.update(environment)
     store.filesystem = s3fs.S3FileSystem()

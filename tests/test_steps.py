@@ -20,11 +20,11 @@ from pipeline.features import Classifier
 from pipeline.models import make_unet
 from pipeline.order import sample_ids
 from pipeline.sampling import sample_items
-from pipeline.sources import list_inputs
+from pipeline.sources import InputShard, list_inputs
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
-from pipeline.units import UNIT_VERSION
+from pipeline.units import UNIT_VERSION, unit_key
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
@@ -41,6 +41,21 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "promote": 1,
         "report": 1,
     }
+
+
+def test_how_shards_are_read_changes_no_data_set(tiny_config: Path) -> None:
+    def made(*overrides: str) -> tuple[dict[str, Any], str]:
+        config = load_config(tiny_config, list(overrides))
+        settings = {step.name: dict(step.settings) for step in make_steps(config, [])}
+        return settings, unit_key(InputShard("a.tar", "tar", ()), config.data)
+
+    plain, unit = made()
+    assert made("data.cache_bytes=1000") == (plain, unit)
+    assert "shuffle_window" not in str(plain)  # keys from before there was one hold
+    windowed, same_unit = made("data.shuffle_window=64")
+    assert same_unit == unit
+    assert {name for name in plain if plain[name] != windowed[name]} == {"features", "train"}
+    assert windowed["train"] == plain["train"] | {"data.shuffle_window": 64}
 
 
 def test_preprocess(tiny_config: Path, tmp_path: Path) -> None:

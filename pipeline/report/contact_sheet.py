@@ -4,6 +4,7 @@ Items of the training split are drawn, a row for each class, or a grid where the
 The data set in numbers is printed by `jobs/console.py`.
 """
 
+import contextlib
 import functools
 import io
 import math
@@ -17,10 +18,11 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.dataset import open_shards, read_dataset
+from pipeline.dataset import open_split, read_dataset
 from pipeline.errors import ConfigError
 from pipeline.readers.names import show
-from pipeline.shards import ArrowItems
+from pipeline.settings import CACHE_BYTES
+from pipeline.shards import Items
 from pipeline.storage import Storage
 
 COLUMNS, ROWS = 12, 12
@@ -35,7 +37,10 @@ COLOURS = ("#0b6e99", "#d1495b", "#4f8a10", "#8d5fb0", "#c77700", "#3f4e5e")  # 
 
 
 def write_contact_sheet(
-    storage: Storage, manifest: Mapping[str, Any], path: Path | None = None
+    storage: Storage,
+    manifest: Mapping[str, Any],
+    path: Path | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> str:
     """Draws the contact sheet of a preprocessed data set into a PNG file, whole or not at all.
 
@@ -44,6 +49,7 @@ def write_contact_sheet(
         manifest: of the step `preprocess`.
         path: the file, in a directory that is there; none: beside the data set in the storage
             root, where it can be no input of the next run.
+        cache_bytes: `data.cache_bytes`.
 
     Returns:
         Where it is.
@@ -53,9 +59,10 @@ def write_contact_sheet(
         StorageError: the data set is damaged, or the storage root cannot be written.
     """
     document = read_dataset(storage, manifest)
-    items = open_shards(storage, document, document["shards"], "train")
+    items = open_split(storage, manifest, "train", whole=False, cache_bytes=cache_bytes)
     buffer = io.BytesIO()
-    draw_contact_sheet(document, items).save(buffer, "PNG")
+    with contextlib.closing(items):
+        draw_contact_sheet(document, items).save(buffer, "PNG")
     if path is None:
         place = f"steps/{manifest['step']}/{manifest['key']}/contact_sheet.png"
         storage.replace(place, buffer.getvalue())
@@ -75,7 +82,7 @@ def write_contact_sheet(
     return str(path)
 
 
-def draw_contact_sheet(document: Mapping[str, Any], items: ArrowItems) -> Image.Image:
+def draw_contact_sheet(document: Mapping[str, Any], items: Items) -> Image.Image:
     """The contact sheet as a picture; no more items are read than are drawn.
 
     Args:
@@ -83,7 +90,7 @@ def draw_contact_sheet(document: Mapping[str, Any], items: ArrowItems) -> Image.
         items: its training split.
     """
     make_tile = _plotter(document) if document["dtype"] == "float32" else _picture
-    rows = _class_rows(document, items.labels) or _grid_rows(len(items))
+    rows = _class_rows(document, items) or _grid_rows(len(items))
     tiles = [[make_tile(items.gather(np.array([k]))[0]) for k in row.ids] for row in rows]
     lines = [(text, _font(size)) for text, size in zip(_header(document), (15, 12), strict=True)]
     num_hidden = max(0, len(document["labels"]["train"]) - ROWS)
@@ -121,11 +128,12 @@ class _Row:
     count: str = ""
 
 
-def _class_rows(document: Mapping[str, Any], labels: np.ndarray) -> list[_Row]:
+def _class_rows(document: Mapping[str, Any], items: Items) -> list[_Row]:
     """The first classes, and what has no label among what has; nothing where nothing has one."""
     counts, classes = document["labels"]["train"], document["classes"]
     if not counts:
         return []
+    labels = items.labels_of(np.arange(len(items)))
     rows = []
     for name, count in list(counts.items())[:ROWS]:
         label = int(name) if classes is None else classes.index(name)

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from diffusion_core import Diffusion, make_schedule
-from pipeline.batches import Batch, BatchMaker, batch_numbers, iter_ahead
+from pipeline.batches import Batch, BatchMaker, batch_numbers, iter_ahead, iter_batches
 from pipeline.dataset import open_split
+from pipeline.order import make_order
 from pipeline.settings import TrainConfig
-from pipeline.shards import ArrowItems
+from pipeline.shards import Items, ShardUse
 from pipeline.storage import LocalStorage
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
-def items(tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]) -> ArrowItems:
+def items(tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]) -> Items:
     """Fifty images, each of one colour that tells which it is, brighter at the right."""
     storage = LocalStorage(str(tmp_path))
     pixels = np.tile(np.arange(50, dtype=np.uint8)[:, None, None, None], (1, 1, 4, 4))
@@ -24,14 +27,17 @@ def items(tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]) -> Arro
     return open_split(storage, write_data_set(storage, pixels, labels), "train")
 
 
-def maker(items: ArrowItems, rank: int = 0, world_size: int = 1, **settings: Any) -> BatchMaker:
+def maker(items: Items, rank: int = 0, world_size: int = 1, **settings: Any) -> BatchMaker:
     config = TrainConfig(global_batch_size=64, **settings)
     diffusion = Diffusion(make_schedule("cosine", 100), null_label=3)
-    return BatchMaker(config, diffusion, items, rank, world_size)
+    order = make_order(
+        seed=config.seed, counts=items.counts, global_batch_size=64, shuffle_window=None
+    )
+    return BatchMaker(config, diffusion, items, order, rank, world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_share_a_batch(items: ArrowItems, world_size: int) -> None:
+def test_ranks_share_a_batch(items: Items, world_size: int) -> None:
     whole = maker(items).make(7, 0)
     shares = [maker(items, rank, world_size).make(7, 0) for rank in range(world_size)]
     for name in ("items", "timesteps", "noise", "class_labels"):
@@ -41,7 +47,7 @@ def test_ranks_share_a_batch(items: ArrowItems, world_size: int) -> None:
     assert all(len(part) for part in parts)
 
 
-def test_another_batch_or_rewind_is_another(items: ArrowItems) -> None:
+def test_another_batch_or_rewind_is_another(items: Items) -> None:
     here = maker(items)
     batch, later, again = here.make(3, 0), here.make(4, 0), here.make(3, 1)
     assert not torch.equal(batch.items, later.items)
@@ -51,7 +57,7 @@ def test_another_batch_or_rewind_is_another(items: ArrowItems) -> None:
         assert not torch.equal(batch.timesteps, other.timesteps)
 
 
-def test_half_of_the_images_are_mirrored(items: ArrowItems) -> None:
+def test_half_of_the_images_are_mirrored(items: Items) -> None:
     plain = torch.cat([maker(items).make(k, 0).items for k in range(20)])
     mirrored = torch.cat([maker(items, horizontal_flip=True).make(k, 0).items for k in range(20)])
     is_mirrored = (mirrored == plain.flip(-1)).all(dim=(1, 2, 3))
@@ -60,7 +66,7 @@ def test_half_of_the_images_are_mirrored(items: ArrowItems) -> None:
     assert 0.4 < float(is_mirrored.float().mean()) < 0.6
 
 
-def test_labels_go_with_their_images_and_some_are_hidden(items: ArrowItems) -> None:
+def test_labels_go_with_their_images_and_some_are_hidden(items: Items) -> None:
     batches = [maker(items, label_dropout=0.2).make(k, 0) for k in range(40)]
     labels = torch.cat([b.class_labels for b in batches if b.class_labels is not None])
     expected = torch.cat([b.items[:, 0, 0, 0] for b in batches]) % 3
@@ -98,3 +104,40 @@ def test_what_is_made_ahead_comes_in_order_and_its_errors_too() -> None:
     with pytest.raises(ValueError, match="five"):
         next(ahead)
     assert made[:6] == list(range(6))
+
+
+class Recorder:
+    """Items of one shard that record what they are told of the future."""
+
+    shape = (1, 2, 2)
+    counts = (100,)
+
+    def __init__(self) -> None:
+        self.told: list[list[ShardUse]] = []
+
+    def __len__(self) -> int:
+        return 100
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        return np.zeros((len(ids), *self.shape), np.uint8)
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.zeros(len(ids), np.int64)
+
+    def prefetch(self, uses: Iterable[ShardUse]) -> None:
+        self.told.append(list(uses))
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("for_gpu", [False, pytest.param(True, marks=needs_cuda)])
+def test_the_reader_is_told_what_comes_again_behind_what_is_skipped(for_gpu: bool) -> None:
+    items = Recorder()
+    order = make_order(seed=0, counts=items.counts, global_batch_size=64, shuffle_window=64)
+    config = TrainConfig(global_batch_size=64, num_steps=6)
+    here = BatchMaker(config, Diffusion(make_schedule("cosine", 100)), items, order)
+    found = iter_batches(here, 1, skipped=[0, 4], for_gpu=for_gpu)
+    assert [number for number, _ in found] == [2, 3, 5, 6, 7]
+    assert len(items.told) == 2
+    for told, first in zip(items.told, (2, 5), strict=True):
+        assert told == list(order.upcoming_shards(first, here.groups, 8 - first))

@@ -52,7 +52,8 @@ class DataSet:
         found = open_shards(self.storage, document, document["shards"], split)
         if not len(found):
             return np.zeros((0, 1, 8, 8), np.uint8), []
-        return found.gather(np.arange(len(found))), found.labels.tolist()
+        ids = np.arange(len(found))
+        return found.gather(ids), found.labels_of(ids).tolist()
 
 
 @pytest.fixture
@@ -90,6 +91,7 @@ def test_adds_up_what_the_units_hold(
     assert document["ignored_first"] == ["notes.txt"]
     assert [shard["name"] for shard in document["inputs"]] == ["a.tar", "b.tar"]
     assert document["transform"]["resample"] == "lanczos"
+    assert not {"sources", "shuffle_window", "cache_bytes"} & document["transform"].keys()
 
 
 def test_removing_a_shard_revives_the_twins_of_its_items(
