@@ -43,6 +43,18 @@ RAY_ENVIRONMENT = {
 }
 
 
+# After the loss of a node Ray first asks for as many workers as before and gives up after this:
+# three quarters of the outage were this wait of 60 s.
+ELASTIC_START_TIMEOUT_S = "15"
+
+
+def ray_environment(config: Config) -> dict[str, str]:
+    """What Ray reads from the environment, where the user has set nothing else."""
+    if config.train.min_workers == config.train.max_workers:
+        return RAY_ENVIRONMENT
+    return RAY_ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ELASTIC_START_TIMEOUT_S}
+
+
 @dataclass(frozen=True)
 class Node:
     """What one machine of the cluster offers."""
@@ -74,13 +86,13 @@ def check_fits(config: Config, nodes: list[Node]) -> None:
         fits += min(by_cpu, node.gpus) if train.use_gpu else by_cpu
     if train.use_gpu:
         need += " and 1 GPU"
-    if fits < train.num_workers:
+    if fits < train.min_workers:
         have = ", ".join(
             f"{n.cpus} CPUs" + (f" and {n.gpus} GPUs" if train.use_gpu else "") for n in nodes
         )
         raise ClusterError(
-            f"train.num_workers = {train.num_workers} workers of {need} each need a cluster that "
-            f"holds {train.num_workers} of them, and this one ({len(nodes)} node"
+            f"train.num_workers = {train.min_workers} workers of {need} each need a cluster that "
+            f"holds {train.min_workers} of them, and this one ({len(nodes)} node"
             f"{'s' if len(nodes) != 1 else ''}: {have}) holds {fits}. "
             + (f"Set train.num_workers = {fits}" if fits else "Lower train.cpus_per_worker")
             + " or use a larger cluster."
@@ -100,7 +112,7 @@ def connect(config: Config) -> Iterator[list[Node]]:
     Raises:
         ClusterError: the cluster cannot be reached or started.
     """
-    for name, value in RAY_ENVIRONMENT.items():
+    for name, value in ray_environment(config).items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray(\.|$)")
     import ray

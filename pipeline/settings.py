@@ -7,7 +7,16 @@ imports torch or Ray, so that `plan` and a fully cached run answer at once.
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 NOISE_GROUP = 16  # positions of the global batch that share one noise stream (design 3.4)
 MAX_ITEM_BYTES = 1 << 28  # of an image or a sequence as it is stored
@@ -232,7 +241,9 @@ class DiffusionConfig(Section):
 class TrainConfig(Section):
     """How the network is trained."""
 
-    num_workers: Positive = Field(default=1, description="data-parallel workers")
+    num_workers: Positive | tuple[Positive, Positive] = Field(
+        default=1, description="data-parallel workers; [min, max]: as many as there is room for"
+    )
     cpus_per_worker: Positive = 1
     use_gpu: bool = False
     num_steps: Positive = Field(
@@ -280,14 +291,37 @@ class TrainConfig(Section):
     )
     seed: Seed = 0
 
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that training goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that training takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @field_validator("num_workers", mode="wrap")
+    @classmethod
+    def _say_both_forms_at_once(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            found = validate(tuple(value) if isinstance(value, list) else value)  # JSON's arrays
+        except ValidationError:
+            found = None
+        if found is None or (isinstance(found, tuple) and found[0] > found[1]):
+            raise ValueError(
+                f"must be a number from 1, or [min, max] with min <= max, got {value!r}. Change it."
+            )
+        return found
+
     @model_validator(mode="after")
     def _split_batch_by_groups(self) -> Self:
-        unit = NOISE_GROUP * self.num_workers
-        if self.global_batch_size % unit:
+        least = NOISE_GROUP * self.max_workers
+        if self.global_batch_size % NOISE_GROUP or self.global_batch_size < least:
             raise ValueError(
-                f"global_batch_size must be a multiple of {NOISE_GROUP} x num_workers = {unit}, "
-                f"got {self.global_batch_size}. Use "
-                f"{max(unit, round(self.global_batch_size / unit) * unit)}."
+                f"global_batch_size must be a multiple of {NOISE_GROUP} and at least "
+                f"{NOISE_GROUP} x num_workers = {least}, got {self.global_batch_size}. Use "
+                f"{max(least, round(self.global_batch_size / NOISE_GROUP) * NOISE_GROUP)}."
             )
         return self
 

@@ -37,7 +37,9 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
     """
     data = config.data.model_dump(mode="json", exclude=NOT_OF_THE_DATA_SET)
     train = config.train
-    workers = train.num_workers
+    # The most that an elastic training may take: nothing runs beside it that it would wait for.
+    # Whether the fewest fit is for the preflight to say.
+    workers = train.max_workers
     sections = {
         name: {f"{name}.{key}": value for key, value in getattr(config, name)}
         for name in ("model", "diffusion", "train", "features", "evaluate")

@@ -25,6 +25,7 @@ from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
 from pipeline.units import UNIT_VERSION, unit_key
+from pipeline.workflow import Resources, Step
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
@@ -56,6 +57,15 @@ def test_how_shards_are_read_changes_no_data_set(tiny_config: Path) -> None:
     assert same_unit == unit
     assert {name for name in plain if plain[name] != windowed[name]} == {"features", "train"}
     assert windowed["train"] == plain["train"] | {"data.shuffle_window": 64}
+
+
+def test_an_elastic_training_runs_alone_and_continues_a_fixed_one(tiny_config: Path) -> None:
+    def train_step(workers: str) -> Step:
+        config = load_config(tiny_config, [f"train.num_workers={workers}"])
+        return next(step for step in make_steps(config, []) if step.name == "train")
+
+    assert train_step("[1, 2]").resources == train_step("2").resources == Resources(cpus=2)
+    assert train_step("[1, 2]").settings == train_step("1").settings
 
 
 def test_preprocess(tiny_config: Path, tmp_path: Path) -> None:

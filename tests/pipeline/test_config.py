@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.settings import Config
 
 MINIMAL = """
 name = "x"
@@ -71,6 +72,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ('diffusion.schedule="linear"', "diffusion", "schedule", "linear"),
         ("diffusion.schedule_options={s=0.01}", "diffusion", "schedule_options", {"s": 0.01}),
         ("storage.root=s3://b/x", "storage", "root", "s3://b/x"),
+        ("train.num_workers=[1, 2]", "train", "num_workers", (1, 2)),
     ],
 )
 def test_set_overrides(
@@ -85,7 +87,12 @@ def test_set_overrides(
     [
         ("train.num_steps", "--set takes section.key=value"),
         ("name.x=1", "'name' is no section"),
-        ("train.global_batch_size=24", "must be a multiple of 16 x num_workers = 16, got 24"),
+        ("train.global_batch_size=24", "must be a multiple of 16 and at least .* got 24. Use 32"),
+        ("train.num_workers=[1, 5]", "16 x num_workers = 80, got 64. Use 80"),
+        ("train.num_workers=[3, 2]", r"with min <= max, got \[3, 2\]. Change it"),
+        ("train.num_workers=[1, 2, 3]", r"or \[min, max\] with min <= max, got \[1, 2, 3\]"),
+        ("train.num_workers=0", "num_workers: must be a number from 1, .* got 0. Change it"),
+        ('train.num_workers="2"', "must be a number from 1, .* got '2'"),
         ("data.resolution=30", "data.resolution must be divisible by 4"),
         ("data.test_fraction=0.97", "must leave images to train on"),
         ("evaluate.num_samples=100", "at least 10 x features.width = 160, got 100"),
@@ -112,6 +119,19 @@ def test_set_overrides(
 def test_what_cannot_be_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_workers_are_a_number_or_from_min_to_max(tmp_path: Path) -> None:
+    fixed = load_config(write(tmp_path, MINIMAL), ["train.num_workers=2"]).train
+    assert (fixed.min_workers, fixed.max_workers) == (2, 2)
+    elastic = load_config(write(tmp_path, MINIMAL), ["train.num_workers=[1, 2]"])
+    assert (elastic.train.min_workers, elastic.train.max_workers) == (1, 2)
+    assert Config.model_validate_json(elastic.model_dump_json()) == elastic  # as workers read it
+
+
+def test_a_fault_of_the_workers_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has 1 fault:"):
+        load_config(write(tmp_path, MINIMAL), ["train.num_workers=[0, 1]"])
 
 
 def test_a_missing_file_and_bad_toml(tmp_path: Path) -> None:
