@@ -22,6 +22,7 @@ from jobs.console import (
     show_plan,
     show_schedules,
 )
+from jobs.diagnosis import diagnose
 from jobs.inspection import show_dataset
 from pipeline.config import load_config
 from pipeline.driver import Outcome, Plan, make_plan, run_config
@@ -114,6 +115,13 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) ->
             _print_json(_plan_json(planned))
         else:
             show_plan(Console(), planned.run, planned.steps)
+
+
+@app.command()
+def doctor(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Check what a run needs, here and on every node of the cluster, and say what is wrong."""
+    with _errors_to_exit_codes(as_json):
+        diagnose(load_config(config, set_ or ()), as_json=as_json)
 
 
 @app.command()

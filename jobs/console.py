@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pipeline.storage import in_bytes
 from pipeline.workflow import Event, PlannedStep
 
 LINE_EVERY_S = 10.0
@@ -141,15 +142,6 @@ def _details(fields: Mapping[str, Any]) -> str:
         minutes, seconds = divmod(round(fields["left_s"]), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
     return ", ".join(parts)
-
-
-def in_bytes(count: float) -> str:
-    """A size as a person reads it: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def show_schedules(console: Console, rows: list[dict[str, Any]], output: Path) -> None:

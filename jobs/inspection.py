@@ -7,7 +7,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 
-from jobs.console import in_bytes
+from pipeline.storage import in_bytes
 
 CLASSES_SHOWN, REFUSED_SHOWN, LABELS_SHOWN = 20, 10, 5
 LINE_CHARACTERS = 120  # of a name that may hold anything

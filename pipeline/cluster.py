@@ -1,4 +1,4 @@
-"""Ray: whether the work fits, starting or joining a cluster, and leaving it.
+"""Ray: starting or joining a cluster, and leaving it. Whether work fits it: `preflight.py`.
 
 Ray is imported only here, in `preprocess`, `train` and where tasks are sent, and only once
 something has to run.
@@ -10,10 +10,11 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.workflow import Resources
 
 PACKAGES = ("diffusion_core", "pipeline", "jobs")
 CONNECT_TIMEOUT_S = 10
+MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107  # bytes
 
 # Read by Ray where they must be set before it starts. Reports and polls twice a second instead
 # of every two; no metrics exporter, no preemption poller; starvation and a placement group that
@@ -50,17 +52,24 @@ ELASTIC_START_TIMEOUT_S = "15"
 
 def ray_environment(config: Config) -> dict[str, str]:
     """What Ray reads from the environment, where the user has set nothing else."""
-    if config.train.min_workers == config.train.max_workers:
-        return RAY_ENVIRONMENT
-    return RAY_ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ELASTIC_START_TIMEOUT_S}
+    environment = dict(RAY_ENVIRONMENT)
+    if config.train.min_workers < config.train.max_workers:
+        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = ELASTIC_START_TIMEOUT_S
+    if config.cluster.address is not None:  # whose nodes may be taken away with a notice
+        del environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"]
+    return environment
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster offers."""
+    """What one machine of the cluster offers; before Ray runs, its CPUs and GPUs alone."""
 
     cpus: int
     gpus: int
+    id: str = ""
+    address: str = "this machine"
+    object_store_bytes: int = 0
+    temp: str = ""  # where Ray's session is
 
 
 def local_nodes(config: Config) -> list[Node] | None:
@@ -70,33 +79,6 @@ def local_nodes(config: Config) -> list[Node] | None:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     cpus = config.cluster.num_cpus or available or os.cpu_count() or 1
     return [Node(cpus=cpus, gpus=_local_gpus())]
-
-
-def check_fits(config: Config, nodes: list[Node]) -> None:
-    """Refuses, with the arithmetic, a training that the cluster could never start.
-
-    Raises:
-        ClusterError: fewer workers fit than are configured.
-    """
-    train = config.train
-    need = f"{train.cpus_per_worker} CPU{'s' if train.cpus_per_worker > 1 else ''}"
-    fits = 0
-    for node in nodes:
-        by_cpu = node.cpus // train.cpus_per_worker
-        fits += min(by_cpu, node.gpus) if train.use_gpu else by_cpu
-    if train.use_gpu:
-        need += " and 1 GPU"
-    if fits < train.min_workers:
-        have = ", ".join(
-            f"{n.cpus} CPUs" + (f" and {n.gpus} GPUs" if train.use_gpu else "") for n in nodes
-        )
-        raise ClusterError(
-            f"train.num_workers = {train.min_workers} workers of {need} each need a cluster that "
-            f"holds {train.min_workers} of them, and this one ({len(nodes)} node"
-            f"{'s' if len(nodes) != 1 else ''}: {have}) holds {fits}. "
-            + (f"Set train.num_workers = {fits}" if fits else "Lower train.cpus_per_worker")
-            + " or use a larger cluster."
-        )
 
 
 @contextlib.contextmanager
@@ -127,13 +109,18 @@ def connect(config: Config) -> Iterator[list[Node]]:
         # empty one, no `pipeline/` that a user happens to stand in can take our place.
         with contextlib.chdir(temp):
             _start_or_join(ray, config, temp)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises also its own, and bare ones
         shutil.rmtree(temp, ignore_errors=True)
         first = str(error).strip().split("\n")[0]
+        remedy = (
+            "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the token "
+            "are its own, or leave the address out to start Ray here."
+            if config.cluster.address
+            else f"See that {tempfile.gettempdir()} has room, or set TMPDIR; `raydiffusion doctor` "
+            "looks at more."
+        )
         raise ClusterError(
-            f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. "
-            "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the "
-            "token are its own, or leave the address out to start Ray here."
+            f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. {remedy}"
         ) from error
     try:
         yield _alive_nodes(ray)
@@ -155,6 +142,16 @@ def _temp_prefix(pid: int | str) -> str:
     """Of Ray's directory: short, for sockets lie below it, and telling whose it is."""
     host = f"{socket.gethostname()}{uuid.getnode()}"
     return f"rd-{hashlib.sha256(host.encode()).hexdigest()[:6]}-{pid}-"
+
+
+def max_temp_length() -> int:
+    """Characters that the path for temporary files may have where Ray is started here.
+
+    Below it comes `<ours>/session_<time>_<pid>/sockets/plasma_store`.
+    """
+    pid = os.getpid()
+    ours = f"/{_temp_prefix(pid)}12345678/session_2026-01-01_00-00-00_000000_{pid}"
+    return MAX_SOCKET_PATH - len(f"{ours}/sockets/plasma_store")
 
 
 def _remove_stale_directories() -> None:
@@ -194,11 +191,30 @@ def _code() -> dict[str, Any]:
 
 
 def _alive_nodes(ray: Any) -> list[Node]:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in alive]
+    return [_read_node(node) for node in ray.nodes() if node["Alive"]]
 
 
-def total(nodes: list[Node]) -> Resources:
+def _read_node(node: dict[str, Any]) -> Node:
+    resources = node["Resources"]
+    return Node(
+        cpus=int(resources.get("CPU", 0)),
+        gpus=int(resources.get("GPU", 0)),
+        id=node["NodeID"],
+        address=node["NodeManagerAddress"],
+        object_store_bytes=int(resources.get("object_store_memory", 0)),
+        temp=str(Path(node["RayletSocketName"]).parents[2]),  # <temp>/session_*/sockets/raylet
+    )
+
+
+def free_now() -> Resources:
+    """What no one holds at this moment, on the whole cluster."""
+    import ray
+
+    free = ray.available_resources()
+    return Resources(cpus=int(free.get("CPU", 0)), gpus=int(free.get("GPU", 0)))
+
+
+def total(nodes: Sequence[Node]) -> Resources:
     """The whole cluster's resources."""
     return Resources(cpus=sum(n.cpus for n in nodes), gpus=sum(n.gpus for n in nodes))
 

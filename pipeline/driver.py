@@ -5,18 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.cluster import check_fits, connect, local_nodes, total
+from pipeline.cluster import connect, total
 from pipeline.errors import ConfigError
 from pipeline.identities import OnHash
 from pipeline.leases import OnWait, hold_lease
+from pipeline.preflight import before_ray, on_cluster, require
 from pipeline.runs import RunRecord, last_identities, run_id
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
 from pipeline.steps import STEP_NAMES, make_steps
-from pipeline.storage import Storage, check_writable, open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.torchrun import torchrun_world
 from pipeline.units import missing_units
 from pipeline.workflow import (
+    Event,
     Observer,
     PlannedStep,
     Resources,
@@ -107,8 +109,8 @@ def run_config(
 ) -> Outcome:
     """Brings the targets about: what is cached is kept, what was begun is continued.
 
-    Ray is started, or joined, only if a step has to run on it. The work is refused before
-    anything starts if the storage cannot be written or the cluster cannot hold it.
+    Ray is started, or joined, only if a step has to run on it. What the preflight finds wrong is
+    refused before any step starts; what it notes is told as a note of `preflight`.
 
     Args:
         config: the whole config.
@@ -134,20 +136,22 @@ def run_config(
             "the verbs preprocess and train."
         )
     planned = make_plan(config, targets, on_hash=on_hash)
+    notes: list[str] = []
     if not planned.is_cached:
-        _preflight(config, planned)
+        notes = require(before_ray(config, planned.storage, trains=planned.trains))
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
         planned = make_plan(config, targets)  # another may have worked while we waited
         on_plan(planned)
         record = RunRecord(planned.storage, planned.run, config, planned.steps)
 
-        def observe(event: Any) -> None:
+        def observe(event: Event) -> None:
             record.observe(event)
             observer(event)
 
         outcome = "failed"
         try:
-            with _capacity(config, planned) as capacity:
+            _tell(notes, observe)
+            with _capacity(config, planned, observe) as capacity:
                 manifests = execute(
                     planned.steps,
                     config,
@@ -165,18 +169,13 @@ def run_config(
         return Outcome(planned, manifests, _publish_report(planned, manifests))
 
 
-def _preflight(config: Config, planned: Plan) -> None:
-    check_writable(planned.storage)
-    nodes = local_nodes(config)
-    if nodes is not None and planned.trains and torchrun_world() is None:
-        check_fits(config, nodes)
-    from pipeline.models import make_diffusion  # torch: only once something has to run
-
-    make_diffusion(config)
+def _tell(notes: Sequence[str], observer: Observer) -> None:
+    for text in notes:
+        observer(Event("note", "preflight", {"text": text}))
 
 
 @contextlib.contextmanager
-def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
+def _capacity(config: Config, planned: Plan, observer: Observer) -> Iterator[Resources]:
     """What the steps may use: a running Ray's resources, or none if no step asks for any."""
     needs_ray = any(
         p.action != "cached"
@@ -189,8 +188,14 @@ def _capacity(config: Config, planned: Plan) -> Iterator[Resources]:
         yield Resources()
         return
     with connect(config) as nodes:
-        if planned.trains and torchrun_world() is None:
-            check_fits(config, nodes)
+        checks = on_cluster(
+            config,
+            planned.storage,
+            nodes,
+            trains=planned.trains and torchrun_world() is None,
+            reads_input=bool(planned.missing_shards),
+        )
+        _tell(require(checks), observer)
         yield total(nodes)
 
 

@@ -188,6 +188,16 @@ def open_seekable(file: InputFile) -> Iterator[IO[bytes]]:
             raise _changed(file.uri)
 
 
+def check_readable(file: InputFile) -> None:
+    """Opens a file where this runs and reads its first byte.
+
+    Raises:
+        DataError: it cannot be read here.
+    """
+    with _open(file.uri) as opened, as_data_error(file.uri):
+        opened.read(1)
+
+
 class CheckedReader:
     """A file to be read once from its beginning, hashing what passes if need be."""
 

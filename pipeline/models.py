@@ -6,6 +6,8 @@ from diffusion_core import Diffusion, UNet, UNetConfig, make_schedule
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 
+BYTES_PER_WEIGHT = {"weights": 4, "gradients": 4, "AdamW": 8, "EMA": 4}  # in training, float32
+
 
 def make_diffusion(config: Config, num_classes: int | None = None) -> Diffusion:
     """The schedule and objective that the config names.
@@ -53,3 +55,25 @@ def make_unet(config: Config, seed: int, num_classes: int | None = None) -> UNet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet(unet_config)
+
+
+def count_parameters(config: Config) -> int:
+    """The number of weights of the network, without making them.
+
+    Raises:
+        ConfigError: there is no such network.
+    """
+    try:
+        with torch.device("meta"):
+            return sum(weights.numel() for weights in make_unet(config, 0).parameters())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def bytes_in_training(config: Config) -> int:
+    """Memory that training keeps on each device, without activations.
+
+    Raises:
+        ConfigError: there is no such network.
+    """
+    return count_parameters(config) * sum(BYTES_PER_WEIGHT.values())

@@ -64,8 +64,8 @@ class RunRecord:
         if event.kind in ("progress", "waiting"):
             return  # for the screen; a live training also keeps `progress.json`
         with self._lock:
-            step = self._execution["steps"][event.step]
             if event.kind != "note":
+                step = self._execution["steps"][event.step]
                 step["state"] = event.kind
                 step |= {k: v for k, v in event.fields.items() if k in ("seconds", "error")}
             line = {"time": time.time(), "event": event.kind, "step": event.step, **event.fields}

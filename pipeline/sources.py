@@ -117,6 +117,25 @@ def list_inputs(
     return Inputs(sorted(shards, key=lambda shard: shard.name), sorted(ignored))
 
 
+def find_first_files(data: DataConfig, storage: Storage) -> list[InputFile]:
+    """The first file that each source names, found and not read.
+
+    Args:
+        data: the sources and what they hold.
+        storage: the root, which is no input itself.
+
+    Raises:
+        DataError: a source matches nothing, or cannot be listed.
+    """
+    first = []
+    for pattern in data.sources:
+        matches = _with_labels(match(pattern, storage), storage)
+        wanted = [file for file in matches if _is_wanted(file, pattern, data)]
+        _check_pattern(pattern, wanted, data)
+        first.append(next(file for file in wanted if file.num_bytes and not file.fault))
+    return first
+
+
 def _check_pattern(pattern: str, files: Sequence[InputFile], data: DataConfig) -> None:
     """Raises where a pattern gives nothing to read."""
     present = [file for file in files if not file.fault]

@@ -66,7 +66,7 @@ def open_storage(root: str) -> Storage:
 
 
 def check_writable(storage: Storage) -> None:
-    """Proves that the root can be written and creates exclusively.
+    """Proves that the root can be written and read back, and creates exclusively.
 
     Raises:
         StorageError: it cannot.
@@ -74,6 +74,12 @@ def check_writable(storage: Storage) -> None:
     probe = f"probes/{uuid.uuid4().hex}"
     try:
         created = storage.create(probe, b"1"), storage.create(probe, b"2")
+        storage.read(probe)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"Storage at {storage.uri} does not give back what was written a moment ago. Use a "
+            "file system or object store that shows a new file at once."
+        ) from error
     finally:
         with contextlib.suppress(StorageError):
             storage.delete(probe)
@@ -253,6 +259,15 @@ def hash_content(content: Content) -> str:
 def size_of_content(content: Content) -> int:
     """Bytes of content."""
     return len(content) if isinstance(content, bytes) else sum(part.nbytes for part in content)
+
+
+def in_bytes(count: float) -> str:
+    """A size as a person reads it: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
 
 
 def hashed_name(name: str, sha256: str) -> str:

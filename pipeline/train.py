@@ -47,7 +47,7 @@ def train(context: StepContext) -> dict[str, Any]:
     }
     # At least one rank is on a node; where there are more, they look again themselves.
     data = dict(context.inputs["preprocess"])
-    _check_cache(context.config, context.storage, data, 1 / context.config.train.num_workers)
+    _check_cache(context.config, context.storage, data, 1 / context.config.train.max_workers)
     world = torchrun_world()
     with _tell_progress(context):
         if world is None:
