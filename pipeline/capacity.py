@@ -128,7 +128,7 @@ def _beside_training(config: Config) -> tuple[Resources, list[Step]]:
     steps = {step.name: step for step in make_steps(config, [])}
 
     def needs(name: str) -> set[str]:
-        inputs = set(steps[name].inputs)
+        inputs = {*steps[name].inputs, *steps[name].after}
         return inputs.union(*(needs(other) for other in inputs))
 
     others = [

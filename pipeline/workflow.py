@@ -52,6 +52,8 @@ class Step:
         function: `module:name`, called with a `StepContext`, returns the step's metrics.
         settings: the slice of the config, and of the world, that determines the result.
         inputs: names of the steps it reads.
+        after: names of steps that it needs done, though they do not determine its result: they
+            are no part of its key, and nothing of them runs for it once it is done.
         resources: its peak on the cluster; none at all means it runs in the driver.
         extensible: the setting that may grow without starting anew (`train.num_steps`).
     """
@@ -61,6 +63,7 @@ class Step:
     function: str
     settings: Mapping[str, Any]
     inputs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     resources: Resources = Resources()
     extensible: str | None = None
 
@@ -87,6 +90,11 @@ class PlannedStep:
     series: str
     action: Literal["cached", "run", "extend"]
     reason: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The steps that must be done before it runs."""
+        return self.step.inputs if self.action == "cached" else self.step.inputs + self.step.after
 
     @property
     def directory(self) -> str:
@@ -208,7 +216,7 @@ def needed_for(planned: Sequence[PlannedStep], targets: Sequence[str]) -> list[P
     names = set(targets)
     for p in reversed(planned):
         if p.step.name in names:
-            names.update(p.step.inputs)
+            names.update(p.needs)
     return [p for p in planned if p.step.name in names]
 
 
@@ -238,7 +246,7 @@ def execute(
     try:
         while (waiting and failure is None) or running:
             for p in list(waiting) if failure is None else []:
-                ready = all(name in manifests for name in p.step.inputs)
+                ready = all(name in manifests for name in p.needs)
                 if not ready or not _fits(p.step, running.values(), capacity):
                     continue
                 waiting.remove(p)

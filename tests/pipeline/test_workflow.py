@@ -114,6 +114,31 @@ def test_says_why(storage: Storage) -> None:
     assert reasons[1] == "its code changed (version 1 to 2)"
 
 
+def test_a_step_waits_for_others_that_are_no_part_of_its_key(storage: Storage) -> None:
+    alone = [make_step("a"), make_step("b"), make_step("c", ["a"])]
+    after = changed(alone, 2, after=("b",))
+    key = plan(alone, storage)[2].key
+    assert plan(after, storage)[2].key == key
+    assert [p.step.name for p in needed_for(plan(after, storage), ["c"])] == ["a", "b", "c"]
+    with pytest.raises(DataError):
+        run(changed(after, 1, function=f"{HERE}:fail"), storage, capacity=Resources(cpus=3))
+    assert calls == ["a"]
+    run(after, storage)
+    assert calls == ["a", "b", "c"]
+    manifest = read_manifest(storage, "c", key)
+    assert manifest is not None
+    assert list(manifest["identity"]["inputs"]) == ["a"]
+
+
+def test_what_is_done_needs_nothing_of_what_it_would_wait_for(storage: Storage) -> None:
+    run([make_step("a"), make_step("c", ["a"])], storage)
+    planned = plan([make_step("a"), make_step("b"), make_step("c", ["a"], after=("b",))], storage)
+    needed = needed_for(planned, ["c"])
+    assert [p.step.name for p in needed] == ["a", "c"]
+    execute(needed, CONFIG, storage, capacity=Resources(), observer=lambda event: None)
+    assert calls == ["a", "c"]
+
+
 def test_raising_the_extensible_setting_keeps_the_series(storage: Storage) -> None:
     def step(num_steps: int, rate: float) -> Step:
         settings = {"num_steps": num_steps, "rate": rate}
