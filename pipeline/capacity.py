@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.cluster import Node, total
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config
 from pipeline.steps import make_steps
 from pipeline.workflow import Resources, Step
@@ -98,6 +98,41 @@ def check_tasks(
         if names:
             detail += f"; {' and '.join(names)} {does}, which leaves {count_of(left, 'CPU')}"
     return detail
+
+
+def check_fid(config: Config, nodes: Sequence[Node], under_torchrun: bool = False) -> str:
+    """Whether the scores of `train.fid_every` find a CPU beside the workers.
+
+    Args:
+        config: the whole config.
+        nodes: that are alive.
+        under_torchrun: whether training runs without Ray Train.
+
+    Raises:
+        ConfigError: there is no Ray beside training that could score.
+        ClusterError: the workers that training begins with take all CPUs.
+    """
+    train = config.train
+    if under_torchrun:
+        raise ConfigError(
+            "train.fid_every has a Ray task score while Ray Train trains, and torchrun trains "
+            "without Ray. Leave train.fid_every out, or run without torchrun."
+        )
+    workers = min(train.max_workers, sum(fits_on(config, node) for node in nodes))
+    taken, cpus = workers * train.cpus_per_worker, total(nodes).cpus
+    left = cpus - taken
+    takes = (
+        f"{count_of(workers, 'worker')} of {count_of(train.cpus_per_worker, 'CPU')} each "
+        f"{'takes' if workers == 1 else 'take'} {taken} of the {count_of(cpus, 'CPU')} "
+        f"({list_nodes(nodes)})"
+    )
+    if left < 1:
+        raise ClusterError(
+            f"train.fid_every scores in a task of 1 CPU beside the workers, and {takes}. Lower "
+            "train.num_workers or train.cpus_per_worker, use a larger cluster, or leave out "
+            "train.fid_every."
+        )
+    return f"a score beside training needs 1 CPU; {takes}: {left} left"
 
 
 def list_nodes(nodes: Sequence[Node]) -> str:

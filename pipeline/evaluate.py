@@ -16,9 +16,9 @@ import numpy as np
 import safetensors.numpy
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion_core import CHUNK, Diffusion, make_image_noise
+from diffusion_core import CHUNK, Diffusion, UNet, make_image_noise
 from pipeline.cluster import lost_task
 from pipeline.dataset import class_counts, open_split, read_dataset
 from pipeline.errors import EvaluationError
@@ -82,7 +82,6 @@ def _score(context: StepContext, sums: Mapping[str, FeatureSums]) -> dict[str, A
     )
     content = context.read_input("reference", "features.safetensors")
     reference = sum_features(np.concatenate(read_features(content, REFERENCE_SPLIT)))
-    settings = config.evaluate
     values = {name: frechet_distance(extractor, reference, s) for name, s in sums.items()}
     if not np.isfinite(values["trained"]):
         raise EvaluationError(
@@ -90,34 +89,66 @@ def _score(context: StepContext, sums: Mapping[str, FeatureSums]) -> dict[str, A
             "lower train.learning_rate."
         )
     return {
-        "metric": f"fid[{features['metrics']['extractor']}]",
+        "metric": metric_name(features),
         "value": values["trained"],
         "floor": values["floor"],
         "ceiling": values["untrained"],
-        "protocol": {
-            "reference": context.inputs["reference"]["key"],
-            "reference_split": REFERENCE_SPLIT,
-            "reference_count": reference.count,
-            "extractor": features["metrics"]["extractor"],
-            "extractor_sha256": features["artifacts"]["classifier.safetensors"]["sha256"],
-            "feature_width": features["metrics"]["num_features"],
-            "num_samples": settings.num_samples,
-            "seed": settings.seed,
-            "chunk": CHUNK,
-            "weights": "ema",
-            "ema_decay": config.train.ema_decay,
-            "sampler": "ddim",
-            "num_steps": settings.num_steps,
-            "spacing": settings.spacing,
-            "eta": settings.eta,
-            "clip_x_start": settings.clip_x_start,
-            "guidance_scale": settings.guidance_scale if config.model.class_conditional else None,
-            "resolution": config.data.resolution,
-            "mode": config.data.mode,
-            "resize": config.data.resample,
-            "fit": config.data.fit,
-            "implementation": f"torchmetrics {version('torchmetrics')}",
-        },
+        "protocol": make_protocol(
+            config,
+            features,
+            context.inputs["reference"],
+            split=REFERENCE_SPLIT,
+            num_samples=sums["trained"].count,
+        ),
+    }
+
+
+def metric_name(features: Mapping[str, Any]) -> str:
+    """What a score is called, of the manifest of the step `features`."""
+    return f"fid[{features['metrics']['extractor']}]"
+
+
+def make_protocol(
+    config: Config,
+    features: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    *,
+    split: str,
+    num_samples: int,
+) -> dict[str, Any]:
+    """All that a score depends on but the network; scores compare where these are equal.
+
+    Args:
+        config: the whole config.
+        features: the manifest of that step.
+        reference: the manifest of that step.
+        split: whose images are the reference.
+        num_samples: that are scored.
+    """
+    settings = config.evaluate
+    return {
+        "reference": reference["key"],
+        "reference_split": split,
+        "reference_count": reference["metrics"]["counts"][split],
+        "extractor": features["metrics"]["extractor"],
+        "extractor_sha256": features["artifacts"]["classifier.safetensors"]["sha256"],
+        "feature_width": features["metrics"]["num_features"],
+        "num_samples": num_samples,
+        "seed": settings.seed,
+        "chunk": CHUNK,
+        "weights": "ema",
+        "ema_decay": config.train.ema_decay,
+        "sampler": "ddim",
+        "num_steps": settings.num_steps,
+        "spacing": settings.spacing,
+        "eta": settings.eta,
+        "clip_x_start": settings.clip_x_start,
+        "guidance_scale": settings.guidance_scale if config.model.class_conditional else None,
+        "resolution": config.data.resolution,
+        "mode": config.data.mode,
+        "resize": config.data.resample,
+        "fit": config.data.fit,
+        "implementation": f"torchmetrics {version('torchmetrics')}",
     }
 
 
@@ -183,15 +214,33 @@ def _sample_chunk(
         numbers, labels = range(first, first + count), None
         if counts is not None:
             labels = spread_labels(counts, numbers, config.evaluate.num_samples)
-        x = sample_items(config, model, numbers, class_labels=labels)
-        if not bool(torch.isfinite(x).all()):
-            raise EvaluationError(
-                f"Samples {first} to {first + count - 1} hold values that are not finite. Train "
-                "again with a lower train.learning_rate."
-            )
-        images = quantise(x)
-        found = extract(extractor, images)
+        images, found = draw_chunk(config, model, extractor, numbers, labels)
     storage.create(path, safetensors.numpy.save({"images": images, "features": found}))
+
+
+def draw_chunk(
+    config: Config, model: UNet, extractor: nn.Module, numbers: range, labels: Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples as uint8 images [N, C, H, W], and their features float32 [N, d].
+
+    Args:
+        config: shape, process and the settings of `evaluate`.
+        model: the network.
+        extractor: of the features.
+        numbers: of the samples; a number's noise is always the same.
+        labels: int64 [N], for a network that is told the class.
+
+    Raises:
+        EvaluationError: the samples are not finite.
+    """
+    x = sample_items(config, model, numbers, class_labels=labels)
+    if not bool(torch.isfinite(x).all()):
+        raise EvaluationError(
+            f"Samples {numbers[0]} to {numbers[-1]} hold values that are not finite. Train again "
+            "with a lower train.learning_rate."
+        )
+    images = quantise(x)
+    return images, extract(extractor, images)
 
 
 def _draw_strips(context: StepContext) -> dict[str, np.ndarray]:

@@ -41,11 +41,13 @@ class Hooks:
     Args:
         on_row: on rank 0, a row of metrics and the step that this process began with.
         on_samples: on rank 0 every `sample_every` steps, the step and the EMA network.
+        on_fid: on rank 0 every `fid_every` steps, the step and the EMA network.
         wants_checkpoint: on every rank equally often, before each row: whether to save at once.
     """
 
     on_row: Callable[[Row, int], None] = lambda row, first_step: None
     on_samples: Callable[[int, nn.Module], None] = lambda step, model: None
+    on_fid: Callable[[int, nn.Module], None] = lambda step, model: None
     wants_checkpoint: Callable[[], bool] = lambda: False
 
 
@@ -333,6 +335,10 @@ class _Training:
         closes_row = done % config.log_every == 0 or is_last
         self.watch.mark("metrics")
         wants_checkpoint = closes_row and self.hooks.wants_checkpoint()
+        if self.rank == 0 and _is_due(config.sample_every, done):
+            self.hooks.on_samples(done, self.ema.model)
+        if self.rank == 0 and _is_due(config.fid_every, done):
+            self.hooks.on_fid(done, self.ema.model)
         self.watch.mark("callbacks")
         validates = _is_due(config.validate_every, done) and self.validation is not None
         saves = done % config.checkpoint_every == 0 or is_last or wants_checkpoint
@@ -352,9 +358,6 @@ class _Training:
                 world_size=self.world_size,
             )
         self.watch.mark("metrics")
-        if self.rank == 0 and _is_due(config.sample_every, done):
-            self.hooks.on_samples(done, self.ema.model)
-            self.watch.mark("callbacks")
         if saves and self.rank == 0:
             self.writer.write(self._state())
             self.watch.mark("checkpoint")

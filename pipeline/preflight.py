@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.capacity import Note, check_tasks, check_workers, list_nodes
+from pipeline.capacity import Note, check_fid, check_tasks, check_workers, list_nodes
 from pipeline.cluster import Node, connect, free_now, local_nodes, max_temp_length, ray_environment
 from pipeline.errors import ClusterError, ConfigError, DataError, RaydiffusionError, StorageError
 from pipeline.identities import InputFile
@@ -100,6 +100,8 @@ def before_ray(config: Config, storage: Storage, *, trains: bool) -> Iterator[Ch
     yield _check("disk", _check_disk, storage, config, trains)
     yield _check("time-outs", _check_timeouts, ray_environment(config))
     nodes = local_nodes(config)
+    if trains and torchrun_world() is not None and config.train.fid_every is not None:
+        yield _check("fid", check_fid, config, [], True)
     if nodes is not None:
         yield from _count_resources(config, nodes, None, trains and torchrun_world() is None)
 
@@ -251,6 +253,8 @@ def _count_resources(
 ) -> Iterator[Check]:
     if trains:
         yield _check("workers", check_workers, config, nodes, free)
+        if config.train.fid_every is not None:
+            yield _check("fid", check_fid, config, nodes)
     yield _check("tasks", check_tasks, config, nodes, free, trains)
 
 

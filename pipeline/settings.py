@@ -282,6 +282,11 @@ class TrainConfig(Section):
     sample_every: Positive | None = Field(
         default=None, description="optimiser steps between grids of samples"
     )
+    fid_every: Positive | None = Field(
+        default=None,
+        description="optimiser steps between scores on the validation split, beside training",
+    )
+    fid_samples: Positive = Field(default=512, description="that such a score draws")
     max_failures: int = Field(default=2, ge=0, description="times a dead worker is replaced")
     max_rewinds: int = Field(
         default=2, ge=0, description="times training goes back after a loss that is not finite"
@@ -398,6 +403,29 @@ class Config(Section):
                 f"evaluate.num_samples must be at least 10 x features.width = {needed}, got "
                 f"{self.evaluate.num_samples}. Raise it or make the features narrower."
             )
+        if self.train.fid_every is not None:
+            faults += self._faults_of_fid(needed)
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _faults_of_fid(self, needed: int) -> list[str]:
+        """What stands against scores beside training."""
+        if self.data.is_sequence:
+            return [
+                "train.fid_every scores images, and data.sequence_shape makes sequences. Leave it "
+                "out."
+            ]
+        faults = []
+        for name in ("validation_fraction", "test_fraction"):
+            if not getattr(self.data, name):
+                faults.append(
+                    f"data.{name} must be above 0 with train.fid_every, whose reference is made of "
+                    "images that are held out, got 0. Raise it or leave out train.fid_every."
+                )
+        if self.train.fid_samples < needed:
+            faults.append(
+                f"train.fid_samples must be at least 10 x features.width = {needed}, got "
+                f"{self.train.fid_samples}. Raise it or make the features narrower."
+            )
+        return faults

@@ -21,6 +21,8 @@ NOT_LEARNED = (
     "log_every",
     "validate_every",
     "sample_every",
+    "fid_every",
+    "fid_samples",
     "max_failures",
     "max_rewinds",
     "storage_patience_s",
@@ -85,8 +87,10 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
             function="pipeline.train:train",
             settings=sections["model"] | sections["diffusion"] | sections["train"] | order,
             inputs=("preprocess",),
+            after=() if train.fid_every is None else ("features", "reference"),
             resources=Resources(
-                cpus=workers * train.cpus_per_worker, gpus=workers if train.use_gpu else 0
+                cpus=workers * train.cpus_per_worker + (train.fid_every is not None),
+                gpus=workers if train.use_gpu else 0,
             ),
             extensible="train.num_steps",
         ),

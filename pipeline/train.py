@@ -13,12 +13,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
 from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
 from pipeline.errors import ERRORS, RaydiffusionError, StorageError, TrainingError
+from pipeline.fid_validation import Scorer, scores_beside
+from pipeline.fid_weights import WeightsHandover
 from pipeline.host import torch_threads
 from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
@@ -49,7 +52,8 @@ def train(context: StepContext) -> dict[str, Any]:
     data = dict(context.inputs["preprocess"])
     _check_cache(context.config, context.storage, data, 1 / context.config.train.max_workers)
     world = torchrun_world()
-    with _tell_progress(context):
+    with scores_beside(context) as scorer, _tell_progress(context, scorer):
+        settings["fid_directory"] = scorer and scorer.directory
         if world is None:
             _fit(context, settings)
         else:
@@ -65,6 +69,8 @@ def train(context: StepContext) -> dict[str, Any]:
     num_classes = _num_classes(context.config, context.storage, context.inputs["preprocess"])
     context.write_artifact("ema.safetensors", to_safetensors(checkpoint.ema))
     context.write_artifact("metrics.jsonl", to_lines(checkpoint.history))
+    if scorer is not None and (scores := scorer.rows()):
+        context.write_artifact("fid.jsonl", to_lines(scores))
     last = _read_progress(context.storage, context.series_directory) or {}
     return {
         "num_steps": num_steps,
@@ -198,16 +204,21 @@ def _train_rank(
     config = Config.model_validate_json(settings["config"])
     storage = open_storage(settings["storage"])
     views = TrainingViews(config, storage, settings["directory"], settings["started"])
-    train_in_process(
-        config,
-        storage,
-        settings["directory"],
-        json.loads(settings["data"]),
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        hooks=Hooks(views.on_row, views.on_samples, wants_checkpoint),
-    )
+    hooks = Hooks(views.on_row, views.on_samples, wants_checkpoint=wants_checkpoint)
+    with contextlib.ExitStack() as stack:
+        if rank == 0 and (directory := settings["fid_directory"]) is not None:
+            handover = stack.enter_context(contextlib.closing(WeightsHandover(storage, directory)))
+            hooks = replace(hooks, on_fid=handover.hand_over)
+        train_in_process(
+            config,
+            storage,
+            settings["directory"],
+            json.loads(settings["data"]),
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            hooks=hooks,
+        )
 
 
 def _is_preempted() -> bool:
@@ -315,7 +326,7 @@ def _explain(error: Exception) -> RaydiffusionError:
 
 
 @contextlib.contextmanager
-def _tell_progress(context: StepContext) -> Iterator[None]:
+def _tell_progress(context: StepContext, scorer: Scorer | None) -> Iterator[None]:
     """Passes on what rank 0 writes, from a thread of its own, while the block runs."""
     stop = threading.Event()
     context.storage.delete(f"{context.series_directory}/progress.json")
@@ -337,6 +348,10 @@ def _tell_progress(context: StepContext) -> Iterator[None]:
                 if now[0]:
                     note += f", resumed from the checkpoint at step {now[0]:,}"
                 context.note(note)
+                if scorer is not None:
+                    scorer.begin(now[0])
+            if scorer is not None:
+                scorer.reach(now[1])
             for text in document["notes"][noted:]:
                 context.note(text)
             noted, told = len(document["notes"]), now

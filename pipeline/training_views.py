@@ -9,6 +9,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -42,15 +43,18 @@ class TrainingViews:
         self._first_step_s: float | None = None
         self._notes = _CollectedWarnings()
         logging.getLogger("pipeline").addHandler(self._notes)
-        self._board: _TensorBoard | None = None
+        self._board: TensorBoard | None = None
 
     def on_row(self, row: Row, first_step: int) -> None:
         """Shows a row of metrics; the progress at most once a second, and at the end."""
         now = time.time()
         if self._board is None:
-            self._board = _TensorBoard(self._storage, f"{self._directory}/tensorboard", first_step)
+            directory = f"{self._directory}/tensorboard"
+            self._board = TensorBoard(self._storage, directory, first_step + 1)
         is_last = row["global_step"] == self._config.train.num_steps
-        self._board.add(row, is_last=is_last)
+        self._board.add(row["global_step"], _scalars(row))
+        if is_last:
+            self._board.close()
         if self._first_step_s is None:
             self._first_step_s = now - row["wall_s"] - self._started
         if now - self._told_at < PROGRESS_EVERY_S and not is_last:
@@ -87,10 +91,16 @@ class TrainingViews:
             self._storage.replace(f"{self._directory}/samples/{step:09d}.png", picture)
 
 
-class _TensorBoard:
-    """A file of events that TensorBoard reads; rows after `first_step` replace those there."""
+class TensorBoard:
+    """A file of events that TensorBoard reads; what is added replaces events from a step on.
 
-    def __init__(self, storage: Storage, directory: str, first_step: int) -> None:
+    Args:
+        storage: the root.
+        directory: of the file, below the root.
+        purge_step: events of earlier files of the directory from this step on are no more.
+    """
+
+    def __init__(self, storage: Storage, directory: str, purge_step: int) -> None:
         from tensorboardX import SummaryWriter
 
         self._storage, self._directory = storage, directory
@@ -100,23 +110,35 @@ class _TensorBoard:
             self._local = Path(self._temporary.name)
         else:
             self._local = Path(storage.uri, directory)
-        self._writer = SummaryWriter(str(self._local), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(self._local), purge_step=purge_step)
         self._uploaded_at = time.time()
 
-    def add(self, row: Row, *, is_last: bool) -> None:
-        step = row["global_step"]
-        for name, value in _scalars(row).items():
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds numbers by tag."""
+        for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
-        if is_last:
-            self._writer.close()
-        if self._is_remote and (is_last or time.time() - self._uploaded_at > UPLOAD_EVERY_S):
-            self._uploaded_at = time.time()
-            self._writer.flush()
-            with contextlib.suppress(StorageError):
-                for path in self._local.iterdir():
-                    self._storage.replace(f"{self._directory}/{path.name}", path.read_bytes())
-        if self._is_remote and is_last:
+        if self._is_remote and time.time() - self._uploaded_at > UPLOAD_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes all that was added readable."""
+        self._writer.flush()
+        self._upload()
+
+    def close(self) -> None:
+        """Writes what is left; nothing is added after it."""
+        self._writer.close()
+        self._upload()
+        if self._is_remote:
             self._temporary.cleanup()
+
+    def _upload(self) -> None:
+        if not self._is_remote:
+            return
+        self._uploaded_at = time.time()
+        with contextlib.suppress(StorageError):
+            for path in self._local.iterdir():
+                self._storage.replace(f"{self._directory}/{path.name}", path.read_bytes())
 
 
 def _scalars(row: Row) -> dict[str, float]:

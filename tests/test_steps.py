@@ -68,6 +68,19 @@ def test_an_elastic_training_runs_alone_and_continues_a_fixed_one(tiny_config: P
     assert train_step("[1, 2]").settings == train_step("1").settings
 
 
+def test_scores_beside_training_come_after_their_reference_and_change_no_key(
+    tiny_config: Path,
+) -> None:
+    def made(*overrides: str) -> Step:
+        steps = make_steps(load_config(tiny_config, list(overrides)), [])
+        return next(step for step in steps if step.name == "train")
+
+    plain, scored = made(), made("train.fid_every=10", "train.fid_samples=100")
+    assert scored.settings == plain.settings
+    assert (scored.inputs, scored.after) == (plain.inputs, ("features", "reference"))
+    assert (plain.after, plain.resources.cpus + 1) == ((), scored.resources.cpus)
+
+
 def test_preprocess(tiny_config: Path, tmp_path: Path) -> None:
     config = load_config(tiny_config)
     storage = LocalStorage(str(tmp_path))

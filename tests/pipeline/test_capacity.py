@@ -1,8 +1,10 @@
+import re
+
 import pytest
 
-from pipeline.capacity import Note, check_tasks, check_workers, list_nodes
+from pipeline.capacity import Note, check_fid, check_tasks, check_workers, list_nodes
 from pipeline.cluster import Node
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config, DataConfig, TrainConfig
 from pipeline.workflow import Resources
 
@@ -90,6 +92,19 @@ def test_a_cluster_without_cpus_would_never_start_a_task() -> None:
 def test_what_runs_beside_training_is_said(workers: object, expected: str) -> None:
     detail = check_tasks(config(num_workers=workers), [SMALL])
     assert detail == f"preprocessing and evaluation use all 2 CPUs; {expected}"
+
+
+def test_scores_beside_training_need_a_cpu_beside_the_workers() -> None:
+    wants = {"fid_every": 10, "fid_samples": 200}
+    takes = r"1 worker of 1 CPU each takes 1 of the 2 CPUs \(1 node: 2 CPUs\)"
+    detail = check_fid(config(**wants), [SMALL])
+    assert re.fullmatch(rf"a score beside training needs 1 CPU; {takes}: 1 left", detail)
+    for workers in (2, (1, 8)):  # as many as there is room for leave none
+        with pytest.raises(ClusterError, match=r"2 workers of 1 CPU each take 2 of the 2 .* Lower"):
+            check_fid(config(num_workers=workers, **wants), [SMALL])
+    assert "beside training" not in check_tasks(config(**wants), [SMALL])  # all else comes before
+    with pytest.raises(ConfigError, match="torchrun trains without Ray"):
+        check_fid(config(**wants), [SMALL], under_torchrun=True)
 
 
 def test_equal_nodes_are_listed_together() -> None:

@@ -96,6 +96,7 @@ def test_set_overrides(
         ("data.resolution=30", "data.resolution must be divisible by 4"),
         ("data.test_fraction=0.97", "must leave images to train on"),
         ("evaluate.num_samples=100", "at least 10 x features.width = 160, got 100"),
+        ("train={fid_every=1, fid_samples=9}", "train.fid_samples must be at least 10 x features."),
         ("evaluate.num_steps=2000", "must not exceed diffusion.num_train_timesteps = 1000"),
         ("train.ema_decay=1.0", "train.ema_decay should be less than 1, got 1.0"),
         ("model.dim_mults=[1,2]", "one kind for each of the 2 levels"),
@@ -161,3 +162,14 @@ def test_the_config_of_fashion_mnist_is_valid() -> None:
     root = Path(__file__).parents[2]
     config = load_config(root / "examples" / "fashion_mnist" / "fashion_mnist.toml")
     assert config.data.require_labels
+
+
+def test_scores_beside_training_need_images_that_are_held_out(tmp_path: Path) -> None:
+    settings = ["train.fid_every=1", "data.validation_fraction=0", "data.test_fraction=0"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), settings)
+    for name in ("validation_fraction", "test_fraction"):
+        assert f"data.{name} must be above 0 with train.fid_every" in str(caught.value)
+    sequences = MINIMAL.replace("resolution = 32", "sequence_shape = [2, 64]")
+    with pytest.raises(ConfigError, match=r"train\.fid_every scores images, and data\.sequence_sh"):
+        load_config(write(tmp_path, sequences), settings)

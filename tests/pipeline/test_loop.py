@@ -294,6 +294,23 @@ def test_rows_tell_the_loss_by_noise_and_on_validation(
     assert np.nanmean(quarters[:, 0]) != pytest.approx(np.nanmean(quarters[:, 3]), rel=0.05)
 
 
+def test_samples_and_scores_are_due_between_rows_too(
+    config: Config, tmp_path: Path, data: dict[str, Any]
+) -> None:
+    due = config.train.model_copy(update={"sample_every": 9, "fid_every": 5})
+    told: dict[str, list[int]] = {"samples": [], "fid": []}
+    hooks = Hooks(
+        on_samples=lambda step, model: told["samples"].append(step),
+        on_fid=lambda step, model: told["fid"].append(step),
+    )
+    plain = load(train(config, tmp_path, data, "plain"))
+    watched = config.model_copy(update={"train": due})
+    after = load(train(watched, tmp_path, data, "x", hooks=hooks))
+    assert told == {"samples": [9, 18], "fid": [5, 10, 15, 20]}
+    assert all(torch.equal(after.ema[name], plain.ema[name]) for name in plain.ema)
+    assert learned(after.history) == learned(plain.history)
+
+
 def test_half_precision_trains_and_is_told_apart(
     config: Config, tmp_path: Path, data: dict[str, Any]
 ) -> None:
@@ -313,3 +330,46 @@ def test_it_learns_and_the_ema_moves(config: Config, tmp_path: Path, data: dict[
     start = load(train(config, tmp_path, data, "start"))
     moved = [not torch.equal(checkpoint.ema[n], start.ema[n]) for n in start.ema]
     assert all(moved)
+
+
+def test_what_cannot_be_compiled_is_trained_without_and_said(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(module: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            raise RuntimeError("no compiler\nwas found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    wants = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    plain = load(train(config, tmp_path, data, "plain"))
+    assert caplog.records == []
+    without = load(train(wants, tmp_path, data, "without"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch.compile failed, training goes on without it: no compiler"
+    ]
+    assert all(torch.equal(without.ema[name], plain.ema[name]) for name in plain.ema)
+
+
+def test_what_is_compiled_is_what_trains(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = []
+
+    def compiled(module: Any) -> Any:
+        return lambda *args, **more: calls.append(1) or module(*args, **more)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    wants = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    train(wants, tmp_path, data, "compiled")
+    assert len(calls) == STEPS + 1  # one to warm up
+    assert caplog.records == []

@@ -55,6 +55,20 @@ def test_workers_are_not_asked_for_where_nothing_trains(config: Config, storage:
     assert "workers" not in checks_of(config, storage, trains=False)
 
 
+def test_scores_beside_training_are_counted_and_refused_without_ray(
+    tiny_config: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["cluster.num_cpus=2", "train.fid_every=10", "train.num_workers"]
+    one, two = (load_config(tiny_config, [*settings[:2], f"{settings[2]}={n}"]) for n in (1, 2))
+    assert checks_of(one, storage)["fid"].status == "ok"
+    assert isinstance(checks_of(two, storage)["fid"].error, ClusterError)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert isinstance(checks_of(one, storage)["fid"].error, ConfigError)
+    assert "fid" not in checks_of(one, storage, trains=False)
+
+
 def test_a_cluster_to_be_joined_is_counted_once_it_is(config: Config, storage: Storage) -> None:
     joined = config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"address": "10.0.0.1:6379"})}

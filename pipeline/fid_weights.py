@@ -1,0 +1,83 @@
+"""Weights on their way from rank 0 to be scored while training goes on: see `fid_validation.py`.
+
+    <training>/fid/<protocol>/weights/<step>-<hash of the weights>.safetensors   to be scored
+    <training>/fid/<protocol>/scores/<step>-<hash of the weights>.json           made once
+    <training>/fid.jsonl                                                         for people
+
+A score belongs to weights, not to a step alone: a resumed training that comes by the same weights
+finds it, and one that comes by others (after a rewind, or on a GPU) drops it and has its own made.
+"""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor, nn
+
+from pipeline.checkpoints import to_safetensors
+from pipeline.errors import StorageError
+from pipeline.storage import Storage, hash_content, hashed_name
+
+logger = logging.getLogger(__name__)
+
+
+class WeightsHandover:
+    """On rank 0: leaves weights to be scored, unless some are still waiting for it.
+
+    Args:
+        storage: the root.
+        directory: of the scores, below the root.
+    """
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self._storage, self._directory = storage, directory
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fid")
+        self._writing: Future[None] | None = None
+        self._skips = False
+
+    def hand_over(self, step: int, model: nn.Module) -> None:
+        """Takes a copy of the weights after so many steps and writes it on a thread."""
+        if self._writing is not None and not self._writing.done():
+            self._skip(step, "the weights before it are still being written")
+            return
+        weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+        self._writing = self._pool.submit(self._leave, step, weights)
+
+    def close(self) -> None:
+        """Until nothing is being written."""
+        self._pool.shutdown(wait=True)
+
+    def _leave(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        content = to_safetensors(weights)
+        name = hashed_name(f"{step:09d}", hash_content(content))
+        try:
+            for kind in ("weights", "scores"):  # the driver makes a score, then sees its weights
+                for other in self._storage.list(f"{self._directory}/{kind}"):
+                    if step_of(other) == step and not other.startswith(name):
+                        self._storage.delete(f"{self._directory}/{kind}/{other}")
+            if self._storage.exists(f"{self._directory}/scores/{name}.json"):
+                return
+            waiting = self._storage.list(f"{self._directory}/weights")
+            if f"{name}.safetensors" in waiting:
+                return
+            if waiting:
+                self._skip(step, f"that at step {step_of(waiting[0]):,} is not done")
+                return
+            self._storage.create(f"{self._directory}/weights/{name}.safetensors", content)
+            self._skips = False
+        except StorageError as error:
+            logger.warning("There is no FID at step %s, training goes on: %s", f"{step:,}", error)
+
+    def _skip(self, step: int, reason: str) -> None:
+        if not self._skips:  # one line for all until the next that is scored
+            logger.warning(
+                "The FID at step %s is left out, and so are those after it until there is time: %s",
+                f"{step:,}",
+                reason,
+            )
+        self._skips = True
+
+
+def step_of(name: str) -> int:
+    """The step in the name of weights or of their score."""
+    return int(name.partition("-")[0])
