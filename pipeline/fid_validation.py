@@ -34,6 +34,7 @@ from pipeline.workflow import StepContext, hash_json, read_artifact
 SPLIT = "validation"  # never test: who chooses by these scores must not spoil the final one
 LOOK_EVERY_S = 2.0
 LONGEST_END_S = 300.0  # that a finished training waits for its last score
+SHOWN = 5  # steps in a note
 INPUTS = ("preprocess", "features", "reference")
 
 
@@ -140,8 +141,21 @@ class Scorer:
                     f"the FID at step {step_of(name):,} took too long and is left out"
                 )
                 self._storage.delete(f"{self.directory}/weights/{name}")
+            if self._is_done:
+                self._tell_left_out()
         if self._board is not None:
             self._board.close()
+
+    def _tell_left_out(self) -> None:
+        due = range(self._every, self._reached + 1, self._every)
+        missing = sorted({*due} - {row["global_step"] for row in self.rows()})
+        if missing:
+            steps = ", ".join(f"{step:,}" for step in missing[:SHOWN])
+            more = ", ..." if len(missing) > SHOWN else ""
+            self._context.note(
+                f"{len(missing):,} of {len(due):,} FIDs that were due were not made (at step "
+                f"{steps}{more}); a larger train.fid_every leaves time for each"
+            )
 
     def finish(self) -> None:
         """Has `run` end as training is done, after at most `LONGEST_END_S`."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import safetensors.numpy
 
 from pipeline.models import make_diffusion
-from pipeline.report.plots import image_grid, loss_curve, schedule_curve, score_scale
+from pipeline.report.plots import image_grid, loss_curve, schedule_curve, score_curve, score_scale
 from pipeline.workflow import StepContext
 
 COLUMNS, SHOWN = 8, 64
@@ -27,6 +27,10 @@ def report(context: StepContext) -> dict[str, Any]:
     history = [
         json.loads(line) for line in context.read_input("train", "metrics.jsonl").splitlines()
     ]
+    scores = []  # made while it trained, if that was asked for
+    if "fid.jsonl" in inputs["train"]["artifacts"]:
+        lines = context.read_input("train", "fid.jsonl").splitlines()
+        scores = [json.loads(line) for line in lines]
     page = render(
         "report.html.jinja",
         config=config,
@@ -46,11 +50,20 @@ def report(context: StepContext) -> dict[str, Any]:
         noising=image_grid(pictures["noising"], len(pictures["noising"]), STRIP_TILE_PX),
         denoising=image_grid(pictures["denoising"], len(pictures["denoising"]), STRIP_TILE_PX),
         loss=loss_curve([h["global_step"] for h in history], [h["loss"] for h in history]),
+        scores=scores,
+        score_curve=_draw_scores(scores),
         schedule=schedule_curve(make_diffusion(config).schedule),
         scale=score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),
     )
     context.write_artifact("report.html", page.encode())
     return {"bytes": len(page)}
+
+
+def _draw_scores(scores: list[dict[str, Any]]) -> str | None:
+    if not scores:
+        return None
+    steps, values = [s["global_step"] for s in scores], [s["value"] for s in scores]
+    return score_curve(steps, values, scores[0]["metric"])
 
 
 def render(template: str, **values: Any) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion_core import NoiseSchedule
 
 INK, ACCENT, MUTED = "#1f2933", "#0b6e99", "#9aa5b1"
+LEAST_SCORE = 1e-4  # on a log axis: rounding may make a score of nearly equal sets negative
 SMOOTHED_SHARE = 0.05  # of the curve that one point of the smoothed line averages
 
 
@@ -80,6 +81,17 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
     return to_svg(figure)
 
 
+def score_curve(steps: Sequence[float], values: Sequence[float], name: str) -> str:
+    """Scores made while training went on, against optimiser steps, as SVG."""
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, [max(value, LEAST_SCORE) for value in values], "o-", color=ACCENT)
+    axes.set(xlabel="optimiser step", ylabel=name, yscale="log", xlim=(0, None))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    return to_svg(figure)
+
+
 def schedule_curve(schedule: NoiseSchedule) -> str:
     """Signal and noise scale, and log SNR, against the timestep, as SVG."""
     figure = Figure(figsize=(6.2, 3.2), layout="constrained")
@@ -99,7 +111,7 @@ def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
     """Where a score lies between its floor and its ceiling, on a log axis, as SVG."""
     figure = Figure(figsize=(10.5, 1.5), layout="constrained")
     axes = figure.subplots()
-    low = max(min(value, floor) / 2, 1e-4)
+    low = max(min(value, floor) / 2, LEAST_SCORE)
     axes.set(xscale="log", xlim=(low, max(value, ceiling) * 2), ylim=(-1.5, 1.5), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.axhline(0, color=MUTED, linewidth=1, zorder=0)
