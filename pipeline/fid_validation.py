@@ -153,8 +153,8 @@ class Scorer:
             steps = ", ".join(f"{step:,}" for step in missing[:SHOWN])
             more = ", ..." if len(missing) > SHOWN else ""
             self._context.note(
-                f"{len(missing):,} of {len(due):,} FIDs that were due were not made (at step "
-                f"{steps}{more}); a larger train.fid_every leaves time for each"
+                f"{len(missing):,} of {len(due):,} FIDs that were due were not made: at step "
+                f"{steps}{more}"
             )
 
     def finish(self) -> None:

@@ -338,10 +338,7 @@ def test_the_end_waits_for_the_last_score_and_a_failure_for_none(
         assert scorer is not None
         training.hand_over(30)
     assert [row["global_step"] for row in scorer.rows()] == [30]
-    assert training.notes[-1] == (
-        "2 of 3 FIDs that were due were not made (at step 10, 20); a larger train.fid_every leaves "
-        "time for each"
-    )
+    assert training.notes[-1] == "2 of 3 FIDs that were due were not made: at step 10, 20"
 
     training.task.is_ready = False
     training.task.was_sent.clear()
