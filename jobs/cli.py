@@ -24,7 +24,9 @@ from jobs.console import (
 )
 from jobs.diagnosis import diagnose
 from jobs.inspection import show_dataset
+from jobs.rehearsal import rehearse
 from pipeline.config import load_config
+from pipeline.drill import NUM_STEPS, OUTAGE_S, Kind
 from pipeline.driver import Outcome, Plan, make_plan, run_config
 from pipeline.errors import ConfigError, RaydiffusionError
 from pipeline.runs import list_runs, read_progress, read_run
@@ -34,6 +36,7 @@ from pipeline.storage import open_storage
 from pipeline.torchrun import dismiss, torchrun_world
 
 INTERRUPTED_EXIT_CODE = 130
+KEPT = "Interrupted. Finished steps and checkpoints are kept; the same command continues."
 
 app = typer.Typer(
     help="Train diffusion models on your own images, and know how good they are.",
@@ -122,6 +125,30 @@ def doctor(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) 
     """Check what a run needs, here and on every node of the cluster, and say what is wrong."""
     with _errors_to_exit_codes(as_json):
         diagnose(load_config(config, set_ or ()), as_json=as_json)
+
+
+@app.command()
+def drill(
+    config: ConfigPath,
+    kill: Annotated[Kind, typer.Option(help="what is struck in the middle")],
+    num_steps: Annotated[
+        int, typer.Option("--steps", help="optimiser steps of the training")
+    ] = NUM_STEPS,
+    outage_s: Annotated[
+        float, typer.Option("--outage", help="seconds that storage stays away, once it is missed")
+    ] = OUTAGE_S,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train for a while on this machine, break something, and say what that cost."""
+    with _errors_to_exit_codes(as_json, on_interrupt="Interrupted. Nothing of the drill is left."):
+        rehearse(
+            load_config(config, set_ or ()),
+            kill,
+            num_steps=num_steps,
+            outage_s=outage_s,
+            as_json=as_json,
+        )
 
 
 @app.command()
@@ -436,7 +463,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_to_exit_codes(as_json: bool) -> Iterator[None]:
+def _errors_to_exit_codes(as_json: bool, on_interrupt: str = KEPT) -> Iterator[None]:
     """The one place where errors become sentences and exit codes."""
     try:
         yield
@@ -446,9 +473,6 @@ def _errors_to_exit_codes(as_json: bool) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
-        typer.echo(
-            "Interrupted. Finished steps and checkpoints are kept; the same command continues.",
-            err=True,
-        )
+        typer.echo(on_interrupt, err=True)
         sys.stdout.flush()
         os._exit(INTERRUPTED_EXIT_CODE)  # threads of running steps must not hold us up

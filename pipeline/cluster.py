@@ -102,7 +102,7 @@ def connect(config: Config) -> Iterator[list[Node]]:
     if ray.is_initialized():
         yield _alive_nodes(ray)
         return
-    _remove_stale_directories()
+    remove_stale_directories()
     temp = tempfile.mkdtemp(prefix=_temp_prefix(os.getpid()))
     try:
         # Ray puts the driver's directory before everything else on its workers' path: from an
@@ -154,7 +154,7 @@ def max_temp_length() -> int:
     return MAX_SOCKET_PATH - len(f"{ours}/sockets/plasma_store")
 
 
-def _remove_stale_directories() -> None:
+def remove_stale_directories() -> None:
     """Clears up after processes of this host that were killed."""
     for path in Path(tempfile.gettempdir()).glob(_temp_prefix("*") + "*"):
         pid = path.name.split("-")[2]

@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+from pipeline import trace
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
 from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
 from pipeline.errors import ERRORS, RaydiffusionError, StorageError, TrainingError
@@ -47,6 +48,7 @@ def train(context: StepContext) -> dict[str, Any]:
         "data": json.dumps(context.inputs["preprocess"]),
         "started": time.time(),
         "watches_preemption": context.config.cluster.address is not None,
+        "trace": os.environ.get(trace.VARIABLE),
     }
     # At least one rank is on a node; where there are more, they look again themselves.
     data = dict(context.inputs["preprocess"])
@@ -204,7 +206,10 @@ def _train_rank(
     config = Config.model_validate_json(settings["config"])
     storage = open_storage(settings["storage"])
     views = TrainingViews(config, storage, settings["directory"], settings["started"])
-    hooks = Hooks(views.on_row, views.on_samples, wants_checkpoint=wants_checkpoint)
+    on_row = views.on_row
+    if path := settings["trace"]:
+        on_row = trace.trace_rank(path, on_row, rank=rank, world_size=world_size)
+    hooks = Hooks(on_row, views.on_samples, wants_checkpoint=wants_checkpoint)
     with contextlib.ExitStack() as stack:
         if rank == 0 and (directory := settings["fid_directory"]) is not None:
             handover = stack.enter_context(contextlib.closing(WeightsHandover(storage, directory)))

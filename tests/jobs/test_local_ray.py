@@ -65,7 +65,7 @@ def test_clears_up_after_a_killed_one(short_temp: Path, monkeypatch: pytest.Monk
     for pid in (dead.pid, os.getpid()):
         (short_temp / f"{cluster._temp_prefix(pid)}x").mkdir()
     (short_temp / "rd-another-1-x").mkdir()
-    cluster._remove_stale_directories()
+    cluster.remove_stale_directories()
     left = {path.name for path in short_temp.iterdir()}
     assert left == {f"{cluster._temp_prefix(os.getpid())}x", "rd-another-1-x"}
 
