@@ -289,6 +289,26 @@ def ray_cluster(_object_store: ObjectStore) -> Iterator[str]:
     del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
 
 
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, int], None]]:
+    """Puts a disk of so many bytes at a directory, or changes the size of the one there."""
+    mounted: list[Path] = []
+
+    def mount(path: Path, num_bytes: int) -> None:
+        option = f"size={num_bytes}" + (",remount" if path in mounted else "")
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(path)], capture_output=True
+        )
+        if done.returncode != 0:
+            pytest.skip("a small disk can be made by root on Linux only")
+        if path not in mounted:
+            mounted.append(path)
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
 def cli_program() -> str:
     """The installed console script beside this interpreter."""
     return str(Path(sys.executable).parent / "raydiffusion")

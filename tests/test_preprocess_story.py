@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -382,23 +382,3 @@ def _busy_workers() -> list[int]:
 @pytest.fixture
 def kill_workers(ray_cluster: str) -> Callable[..., WorkerKiller]:
     return WorkerKiller
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[Path, int], None]]:
-    """Puts a disk of so many bytes at a directory, or changes the size of the one there."""
-    mounted: list[Path] = []
-
-    def mount(path: Path, num_bytes: int) -> None:
-        option = f"size={num_bytes}" + (",remount" if path in mounted else "")
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(path)], capture_output=True
-        )
-        if done.returncode != 0:
-            pytest.skip("a small disk can be made by root on Linux only")
-        if path not in mounted:
-            mounted.append(path)
-
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", str(path)], check=True)

@@ -1,0 +1,156 @@
+"""The loop while its storage is away, full, or about to be: what is lost, and what is said."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import loop
+from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoints import Checkpoint, CheckpointStore
+from pipeline.config import load_config
+from pipeline.errors import StorageError
+from pipeline.loop import Hooks
+from pipeline.settings import Config
+from pipeline.storage import LocalStorage
+from pipeline.train import train_in_process
+
+from .test_loop import assert_same_to_the_bit, settings_of
+
+STEPS = 24
+
+
+@pytest.fixture
+def data(tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), np.uint8)
+    return write_data_set(LocalStorage(str(tmp_path / "root")), pixels)
+
+
+@pytest.fixture
+def config(tiny_config: Path) -> Config:
+    steps = [f"train.num_steps={STEPS}", "train.checkpoint_every=8", "train.log_every=4"]
+    return load_config(tiny_config, [*steps, "model.dropout=0.1"])
+
+
+@pytest.fixture
+def train(config: Config, tmp_path: Path, data: dict[str, Any]) -> Callable[..., CheckpointStore]:
+    """Trains in a directory of the root, with other settings and hooks; its checkpoints."""
+    storage = LocalStorage(str(tmp_path / "root"))
+
+    def run(directory: str, hooks: Hooks | None = None, **settings: Any) -> CheckpointStore:
+        changed = settings_of(config, **settings)
+        train_in_process(changed, storage, directory, data, hooks=hooks)
+        return CheckpointStore(storage, directory)
+
+    return run
+
+
+def load(store: CheckpointStore, step: int = STEPS) -> Checkpoint:
+    checkpoint = store.load(step)
+    assert checkpoint is not None
+    return checkpoint
+
+
+class Outage:
+    """The root goes after a step, and is back when the simulated clock says so."""
+
+    def __init__(self, root: Path, at_step: int, seconds: float) -> None:
+        self.root, self.at_step, self.seconds = root, at_step, seconds
+        self.away = root.with_name("away")
+        self.pauses: list[float] = []
+
+    def on_row(self, row: dict[str, Any], first_step: int) -> None:
+        if row["global_step"] == self.at_step:
+            self.root.rename(self.away)
+            self.root.touch()  # what reads or writes below it fails
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        if self.away.exists() and sum(self.pauses) >= self.seconds:
+            self.root.unlink()
+            self.away.rename(self.root)
+
+
+def test_storage_that_is_away_for_a_minute_costs_nothing(
+    train: Callable[..., CheckpointStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = load(train("whole"))
+    # Before the first checkpoint, so that no write is under way when the root goes.
+    outage = Outage(tmp_path / "root", at_step=4, seconds=60)
+    monkeypatch.setattr(loop, "CheckpointWriter", partial(CheckpointWriter, sleep=outage.sleep))
+    store = train("away", Hooks(on_row=outage.on_row))
+    assert outage.pauses == [1, 2, 4, 8, 15, 15, 15]
+    assert "The checkpoint at step 8 is not written yet, next try in 15 s: Cannot write" in (
+        caplog.text
+    )
+    assert store.steps() == [16, 24]
+    assert_same_to_the_bit(load(store), whole)
+
+
+def test_storage_that_stays_away_is_an_error_and_what_is_there_goes_on(
+    train: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load(train("whole"))
+    train("x", num_steps=8)
+    outage = Outage(tmp_path / "root", at_step=12, seconds=1000)
+    monkeypatch.setattr(loop, "CheckpointWriter", partial(CheckpointWriter, sleep=outage.sleep))
+    with pytest.raises(StorageError, match=r"Cannot write .*Check the path"):
+        train("x", Hooks(on_row=outage.on_row), storage_patience_s=60)
+    assert sum(outage.pauses) == 60
+    outage.seconds = 0
+    outage.sleep(0)
+    store = CheckpointStore(LocalStorage(str(tmp_path / "root")), "x")
+    assert store.steps() == [8]
+    assert_same_to_the_bit(load(train("x")), whole)
+
+
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_goes_on(
+    train: Callable[..., CheckpointStore],
+    tmp_path: Path,
+    small_disk: Callable[[Path, int], None],
+) -> None:
+    whole = load(train("whole"))
+    directory = tmp_path / "root" / "full"
+    directory.mkdir()
+    small_disk(directory, 64 << 20)
+    before = load(train("full", num_steps=8), 8)
+    usage = os.statvfs(directory)
+    used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+    small_disk(directory, used + 2 * usage.f_frsize)
+    with pytest.raises(StorageError, match=r"Cannot write .*No space left on device. Check"):
+        train("full", storage_patience_s=0)
+    store = CheckpointStore(LocalStorage(str(tmp_path / "root")), "full")
+    assert store.steps() == [8]
+    assert_same_to_the_bit(load(store, 8), before)
+    small_disk(directory, 64 << 20)
+    assert_same_to_the_bit(load(train("full")), whole)
+    assert list(directory.rglob(".staged-*")) == []
+
+
+def test_a_notice_that_the_node_goes_makes_a_checkpoint_at_once(
+    train: Callable[..., CheckpointStore],
+) -> None:
+    whole = load(train("whole"))
+    asked: list[bool] = []
+
+    def wants_checkpoint() -> bool:
+        asked.append(len(asked) == 2)  # before the third row, of step 12
+        return asked[-1]
+
+    def stop(row: dict[str, Any], first_step: int) -> None:
+        if row["global_step"] == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("x", Hooks(on_row=stop, wants_checkpoint=wants_checkpoint))
+    first_steps: list[int] = []
+    store = train("x", Hooks(on_row=lambda row, first_step: first_steps.append(first_step)))
+    assert set(first_steps) == {12}
+    assert_same_to_the_bit(load(store), whole)
