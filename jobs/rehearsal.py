@@ -49,18 +49,21 @@ def _to_json(done: Drill) -> dict[str, object]:
 
 def _lines(done: Drill) -> list[str]:
     found = done.recovery
-    went_on = "the same processes went on"
+    lost, seconds = found.steps_lost, found.seconds_to_recover
     if found.resumed_from is not None:
         went_on = f"went on from the checkpoint at step {found.resumed_from:,}"
-    seconds = found.seconds_to_recover
-    until = "a checkpoint was written" if found.resumed_from is None else "a new step"
+    else:
+        went_on = "the same processes went on" if done.error is None else "nothing went on"
+    until = "checkpoint" if found.resumed_from is None else "step"
     return [
-        f"struck after step {found.struck_at_step:,} of {done.num_steps:,}, {went_on}",
-        f"steps lost            {found.steps_lost:,}, a checkpoint every {done.checkpoint_every:,}",
-        "seconds to recover    "
-        + (f"{seconds:.1f}, until {until}" if seconds is not None else "it did not recover"),
-        f"longest pause         {found.longest_pause_s:.1f} s between two steps",
-        f"workers               {found.workers_before} before, {found.workers_after} after",
-        f"ended                 {'well' if done.error is None else 'with an error'}, "
-        f"{done.seconds:.0f} s in all",
+        f"struck after step {found.struck_at_step:,} of {done.num_steps:,}; {went_on}",
+        "steps lost          "
+        + (f"{lost:,}, " if lost is not None else "")
+        + f"with a checkpoint every {done.checkpoint_every:,}",
+        "seconds to recover  "
+        + (f"{seconds:.1f}, to the first new {until}" if seconds is not None else "never"),
+        f"longest pause       {found.longest_pause_s:.1f} s between two steps",
+        f"workers             {found.workers_before} before, {found.workers_after} after",
+        f"ended               {'well' if done.error is None else 'with an error'}, "
+        f"after {done.seconds:.0f} s in all",
     ]

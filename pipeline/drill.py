@@ -13,31 +13,28 @@ storage: a file takes the place of the storage root, so that every process that 
     It is away until `outage_s` after the next checkpoint was due.
 
 All is kept in a temporary directory that goes afterwards, with every process. The config's own
-storage root is not written; a data set that lies there, preprocessed, is linked to.
+storage root is only read, but for the hashes of its sources; a data set that lies there,
+preprocessed, is linked to.
 """
 
 import contextlib
 import enum
-import itertools
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import remove_stale_directories
 from pipeline.driver import make_plan
 from pipeline.errors import ERRORS, ClusterError, ConfigError, RaydiffusionError, StorageError
-from pipeline.processes import find_processes
+from pipeline.recovery import Recovery, measure
+from pipeline.scratch import scratch_place
 from pipeline.settings import NOISE_GROUP, Config
 from pipeline.storage import LocalStorage, open_storage
 from pipeline.trace import VARIABLE as TRACE_VARIABLE
@@ -49,10 +46,7 @@ NUM_STEPS, NUM_CHECKPOINTS = 300, 10
 OUTAGE_S = 10.0
 LONGEST_RECOVERY_S = 900.0
 POLL_S = 0.02
-GRACE_S = 20.0  # for Ray's processes to end by themselves
-MARK = "RAYDIFFUSION_DRILL"
 
-Row = Mapping[str, Any]
 Tell = Callable[[str], None]
 
 
@@ -63,30 +57,6 @@ class Kind(enum.StrEnum):
     driver = "driver"
     node = "node"
     storage = "storage"
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What a strike cost.
-
-    Args:
-        struck_at_step: the last optimiser step that was made before training stopped.
-        resumed_from: the checkpoint from which new processes went on; None: the old ones did.
-        steps_lost: optimiser steps that had been made and were made again.
-        seconds_to_recover: from the strike to the first step that had not been made before; None
-            if there was none.
-        longest_pause_s: between two steps, from the strike on.
-        workers_before: processes that trained.
-        workers_after: processes that went on.
-    """
-
-    struck_at_step: int
-    resumed_from: int | None
-    steps_lost: int
-    seconds_to_recover: float | None
-    longest_pause_s: float
-    workers_before: int
-    workers_after: int
 
 
 @dataclass(frozen=True)
@@ -128,12 +98,15 @@ def run_drill(
         RaydiffusionError: the training failed before it was struck.
     """
     started = time.monotonic()
-    with _scratch() as (scratch, environment):
+    with scratch_place() as (scratch, environment):
         short = shorten(config, kind, num_steps, str(scratch / "storage"))
-        if _link_data_set(config, short):
+        if link_data_set(config, short):
             tell("the preprocessed data set of the config is used")
-        with _cluster(short, kind, scratch, environment) as (short, remove_node):
-            running = _Training(short, scratch, environment)
+        with contextlib.ExitStack() as opened:
+            short, remove_node = opened.enter_context(_cluster(short, kind, scratch, environment))
+            running = opened.enter_context(
+                contextlib.closing(_Training(short, scratch, environment))
+            )
             strike_at = num_steps // 2 + short.train.checkpoint_every // 2
             tell(f"training {num_steps:,} steps; the {kind} is struck after step {strike_at:,}")
             running.wait_for_step(strike_at)
@@ -153,7 +126,7 @@ def run_drill(
                     tell("the storage root is back")
             error = running.wait_for_end(struck_at)
         recovery = measure(running.trace.rows, struck_at)
-        if kind == Kind.storage and recovery.resumed_from is None:
+        if kind == Kind.storage and recovery.resumed_from is None and error is None:
             recovery = running.with_checkpoint(recovery, struck_at)
         if error is None and recovery.seconds_to_recover is None:
             raise _over_too_soon(strike_at, num_steps)
@@ -207,32 +180,6 @@ def shorten(config: Config, kind: Kind, num_steps: int, root: str) -> Config:
     )
 
 
-def measure(rows: Sequence[Row], struck_at: float) -> Recovery:
-    """What a strike cost, from the rows of a trace.
-
-    Steps that survivors still made after the strike count as made before it.
-
-    Args:
-        rows: of the trace, in order; at least one from before the strike.
-        struck_at: when, in seconds since the epoch.
-    """
-    old = [row for row in rows if row["at"] <= struck_at][-1]
-    last = max(row["global_step"] for row in rows if row["pid"] == old["pid"])
-    new = [row for row in rows if row["at"] > struck_at and row["pid"] != old["pid"]]
-    past = next((row for row in new if row["global_step"] > last), None)
-    times = [old["at"], *(row["at"] for row in rows if row["at"] > struck_at)]
-    resumed_from = (past or new[0])["first_step"] if new else None
-    return Recovery(
-        struck_at_step=last,
-        resumed_from=resumed_from,
-        steps_lost=last - resumed_from if resumed_from is not None else 0,
-        seconds_to_recover=past["at"] - struck_at if past is not None else None,
-        longest_pause_s=max((b - a for a, b in itertools.pairwise(times)), default=0.0),
-        workers_before=old["world_size"],
-        workers_after=rows[-1]["world_size"],
-    )
-
-
 class _Training:
     """The driver of a drill, what it does, and the ways to strike it."""
 
@@ -257,6 +204,11 @@ class _Training:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the drill, which then clears up
             )
+
+    def close(self) -> None:
+        """Ends the driver, if it still runs."""
+        self._driver.kill()
+        self._driver.wait()
 
     def _look(self) -> bool:
         """Takes in what is new; whether the driver still runs."""
@@ -351,8 +303,9 @@ class _Training:
     def with_checkpoint(self, recovery: Recovery, struck_at: float) -> Recovery:
         """For storage, where no step is lost: recovered with the first complete checkpoint."""
         at = min((t for t in self._completed_at.values() if t > struck_at), default=None)
-        seconds = at - struck_at if at is not None else None
-        return Recovery(**{**vars(recovery), "seconds_to_recover": seconds})
+        if at is None:
+            return recovery
+        return replace(recovery, steps_lost=0, seconds_to_recover=at - struck_at)
 
 
 def _over_too_soon(strike_at: int, num_steps: int) -> ConfigError:
@@ -380,43 +333,7 @@ def _cluster(
         yield config.model_copy(update={"cluster": cluster}), remove
 
 
-@contextlib.contextmanager
-def _scratch() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A directory, and the environment of processes; neither outlives the block."""
-    scratch = Path(tempfile.mkdtemp(prefix="rd-"))  # short, for Ray's sockets lie below it
-    mark = secrets.token_hex(16)
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    # A token of its own: none in the home directory is read or made.
-    environment |= {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit()) if in_main else None
-    try:
-        yield scratch, environment
-        _await_end(mark, GRACE_S)
-    finally:
-        _kill_all(mark)
-        shutil.rmtree(scratch, ignore_errors=True)
-        remove_stale_directories()  # of Ray, when its driver was killed
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _await_end(mark: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while find_processes(mark) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-
-
-def _kill_all(mark: str) -> None:
-    """Ends what still runs of a drill that failed or was interrupted."""
-    while pids := find_processes(mark):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(POLL_S)
-
-
-def _link_data_set(config: Config, short: Config) -> bool:
+def link_data_set(config: Config, short: Config) -> bool:
     """Links to the preprocessed data set in the config's own root, if there is one to link to."""
     storage = open_storage(config.storage.root)
     if not isinstance(storage, LocalStorage) or not Path(storage.uri).is_dir():
