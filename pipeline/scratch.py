@@ -28,6 +28,7 @@ def scratch_place() -> Iterator[tuple[Path, dict[str, str]]]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     # A token of its own: none in the home directory is read or made.
     environment |= {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))  # torch makes one
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit()) if in_main else None
     try:
