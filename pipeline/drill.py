@@ -149,7 +149,9 @@ def shorten(config: Config, kind: Kind, num_steps: int, root: str) -> Config:
         ConfigError: too few steps, or a config that two nodes of one machine cannot have.
     """
     if num_steps < NUM_CHECKPOINTS:
-        raise ConfigError(f"A drill needs at least {NUM_CHECKPOINTS} steps, got {num_steps}.")
+        raise ConfigError(
+            f"A drill needs at least {NUM_CHECKPOINTS} steps, got {num_steps}. Raise --steps."
+        )
     train: dict[str, Any] = {
         "num_steps": num_steps,
         "checkpoint_every": num_steps // NUM_CHECKPOINTS,
@@ -260,7 +262,10 @@ class _Training:
             (e for e in self.trace.began if e["at"] >= self._group_began_at()),
             key=lambda entry: entry["rank"],
         )
-        os.kill(victim["pid"], signal.SIGKILL)
+        try:
+            os.kill(victim["pid"], signal.SIGKILL)
+        except ProcessLookupError:  # it was done meanwhile
+            raise _over_too_soon(self._num_steps, self._num_steps) from None
         return victim["rank"]
 
     def _group_began_at(self) -> float:
