@@ -7,29 +7,29 @@ number of ranks and threads.
 """
 
 import logging
-import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from diffusion_core import EMA, Diffusion
+from diffusion_core import Diffusion
 from pipeline.batches import Batch, BatchMaker, iter_batches
 from pipeline.checkpoint_writer import CheckpointWriter, copy_to_host
 from pipeline.checkpoints import Checkpoint, CheckpointStore, Row
 from pipeline.errors import StorageError, TrainingError
 from pipeline.host import keep_freed_memory
+from pipeline.learner import Learner, learning_rate
 from pipeline.loader import keyed_seed
 from pipeline.meter import Meter
 from pipeline.order import make_order
-from pipeline.precision import autocast, choose_dtype, describe_environment
-from pipeline.replica import Replica
+from pipeline.precision import describe_environment
 from pipeline.settings import TrainConfig
 from pipeline.shards import Items
 from pipeline.stopwatch import Stopwatch
-from pipeline.validation import loss_of, validation_loss
+from pipeline.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +125,12 @@ class _Training:
         self.batches, self.hooks = batches, hooks
         self.rank, self.world_size = batches.rank, batches.world_size
         self.device = device or torch.device("cpu")
-        self.dtype = choose_dtype(config, self.device)
         self.environment = describe_environment(self.device, self.world_size)
         self.diffusion = diffusion.to(self.device)
         self.watch = Stopwatch()
-        self.model = model.to(self.device)
-        self.ema = EMA(self.model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+        self.learner = Learner(
+            config, model, self.diffusion, self.device, self.world_size, self.watch
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.replica = Replica(self.model, self.world_size, self.watch)
         self.meter = Meter(diffusion.num_train_timesteps, self.device)
         self.writer = CheckpointWriter(store, config.storage_patience_s)
         self.step, self.num_rewinds = 0, 0
@@ -152,14 +143,14 @@ class _Training:
         self.first_step = self.step
         begun = copy_to_host(self._state())
         self._warm_up()
-        self.model.train()
+        self.learner.model.train()
         self.watch.take()
         batches = self._iter_batches()
         while self.step < config.num_steps:
             number, batch = next(batches)
             self.watch.mark("data")
             torch.manual_seed(self._dropout_seed(number))
-            if not self._optimise(batch):
+            if not self.learner.learn(batch, self.step, self.meter):
                 self._rewind(number, begun)
                 batches.close()
                 batches = self._iter_batches()
@@ -207,10 +198,7 @@ class _Training:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was, but which batches are skipped."""
-        self.model.load_state_dict(checkpoint.model)
-        self.ema.load(checkpoint.ema, checkpoint.global_step)
-        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-        self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        self.learner.restore(checkpoint)
         self.step, self.history = checkpoint.global_step, list(checkpoint.history)
         self.meter = Meter(self.diffusion.num_train_timesteps, self.device)
         if self.rank == 0:
@@ -248,36 +236,10 @@ class _Training:
         return f"rank {', '.join(ranks)}" if ranks else "in the gradient only"
 
     def _warm_up(self) -> None:
-        """A step that changes nothing, where the first one would be unlike all others.
-
-        DDP lays the gradients out anew after its first backward pass, by the order in which they
-        came; with three ranks and more the layout changes in what order they are summed. So every
-        process leaves that pass behind before it trains, also one that resumes.
-        """
-        if self.config.compile:
-            self.replica.compile()
-        if self.world_size == 1 and not self.config.compile:
-            return
-        if self.step == self.config.num_steps:
-            return
-        batches = self._iter_batches()
-        _, batch = next(batches)
-        batches.close()
-        batch = replace(batch, self_condition=False).to(self.device)
-
-        def run() -> None:
-            with autocast(self.dtype, self.device):
-                losses = loss_of(batch, self.replica.module, self.diffusion)
-            self.replica.backward(losses.sum())
-            self.optimizer.zero_grad(set_to_none=True)
-
-        try:
-            run()
-        except Exception as error:
-            if not self.config.compile:
-                raise
-            self.replica.give_up_compiling(error)
-            run()
+        """With the batch that comes first, which the reader has at hand."""
+        if self.learner.needs_warm_up and self.step < self.config.num_steps:
+            with closing(self._iter_batches()) as batches:
+                self.learner.warm_up(next(batches)[1])
 
     def _dropout_seed(self, number: int) -> int:
         return keyed_seed("dropout", self.config.seed, number, self.num_rewinds, self.rank)
@@ -292,42 +254,6 @@ class _Training:
             for_gpu=self.device.type == "cuda",
         )
 
-    def _optimise(self, batch: Batch) -> bool:
-        """One optimiser step; False, and nothing is changed, if loss or gradient is not finite."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        is_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        parts = batch.split(config.accumulation_steps)
-        for k, part in enumerate(parts):
-            part = part.to(self.device)
-            with self.replica.synchronised(k == len(parts) - 1):
-                with autocast(self.dtype, self.device):
-                    losses = loss_of(part, self.replica.module, self.diffusion)
-                # Ranks' gradients are averaged: this makes it the mean over the global batch,
-                # however unequal their shares.
-                loss = losses.sum() * (self.world_size / config.global_batch_size)
-                self.replica.backward(self.scaler.scale(loss))
-            self.meter.add(losses, part.timesteps)
-            is_finite &= torch.isfinite(losses.detach()).all()
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        # What is not finite on one rank is so in the sum of gradients, which all ranks see. With
-        # fp16 it may be the scale that was too large, and the loss decides.
-        if self.scaler.is_enabled():
-            if self.world_size > 1:
-                dist.all_reduce(is_finite, dist.ReduceOp.MIN)
-        else:
-            is_finite &= torch.isfinite(grad_norm)
-        if not bool(is_finite):
-            return False
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.ema.update(self.model)
-        self.meter.add_grad_norm(grad_norm)
-        return True
-
     def _report(self) -> None:
         """What is due after this step: a row of metrics, validation, samples, a checkpoint."""
         config, done = self.config, self.step
@@ -336,9 +262,9 @@ class _Training:
         self.watch.mark("metrics")
         wants_checkpoint = closes_row and self.hooks.wants_checkpoint()
         if self.rank == 0 and _is_due(config.sample_every, done):
-            self.hooks.on_samples(done, self.ema.model)
+            self.hooks.on_samples(done, self.learner.ema.model)
         if self.rank == 0 and _is_due(config.fid_every, done):
-            self.hooks.on_fid(done, self.ema.model)
+            self.hooks.on_fid(done, self.learner.ema.model)
         self.watch.mark("callbacks")
         validates = _is_due(config.validate_every, done) and self.validation is not None
         saves = done % config.checkpoint_every == 0 or is_last or wants_checkpoint
@@ -349,11 +275,11 @@ class _Training:
         if validates:
             assert self.validation is not None
             row["validation_loss"] = validation_loss(
-                self.ema.model,
+                self.learner.ema.model,
                 self.diffusion,
                 self.validation,
                 seed=config.seed,
-                dtype=self.dtype,
+                dtype=self.learner.dtype,
                 rank=self.rank,
                 world_size=self.world_size,
             )
@@ -388,25 +314,12 @@ class _Training:
         """All that the next step depends on, not copied."""
         return Checkpoint(
             global_step=self.step,
-            model=self.model.state_dict(),
-            ema=self.ema.model.state_dict(),
-            optimizer={
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            },
+            **self.learner.state(),
             history=self.history,
             skipped=tuple(self.skipped),
             num_rewinds=self.num_rewinds,
             environment=self.environment,
         )
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """That of an optimiser step, counted from 0: linear warm-up, then constant or cosine to 0."""
-    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    if config.learning_rate_decay == "constant":
-        return config.learning_rate * warm
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
 
 
 def _is_due(every: int | None, step: int) -> bool:

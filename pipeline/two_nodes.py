@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    import psutil  # comes with Ray, which must be imported before
+    import psutil  # Ray brings it  # pyright: ignore[reportMissingModuleSource]
 
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 

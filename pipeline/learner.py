@@ -1,0 +1,160 @@
+"""What an optimiser step changes: the network, its moving average and the optimiser's state."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from diffusion_core import EMA, Diffusion
+from pipeline.batches import Batch
+from pipeline.checkpoints import Checkpoint
+from pipeline.meter import Meter
+from pipeline.precision import autocast, choose_dtype
+from pipeline.replica import Replica
+from pipeline.settings import TrainConfig
+from pipeline.stopwatch import Stopwatch
+from pipeline.validation import loss_of
+
+
+class Learner:
+    """One rank's network with all that trains it.
+
+    Args:
+        config: the training settings.
+        model: the network, on the CPU; it is moved.
+        diffusion: the process, on the device.
+        device: to train on.
+        world_size: number of ranks, whose gradients are averaged.
+        watch: told how long a backward pass waited for other ranks.
+
+    Raises:
+        ConfigError: the device does not have `config.precision`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        diffusion: Diffusion,
+        device: torch.device,
+        world_size: int,
+        watch: Stopwatch,
+    ) -> None:
+        self.config, self.diffusion = config, diffusion
+        self.device, self.world_size = device, world_size
+        self.dtype = choose_dtype(config, device)
+        self.model = model.to(device)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.replica = Replica(self.model, world_size, watch)
+
+    @property
+    def needs_warm_up(self) -> bool:
+        """Whether the first backward pass would be unlike all others."""
+        return self.config.compile or self.world_size > 1
+
+    def warm_up(self, batch: Batch) -> None:
+        """A step that changes nothing.
+
+        DDP lays the gradients out anew after its first backward pass, by the order in which they
+        came; with three ranks and more the layout changes in what order they are summed. So every
+        process leaves that pass behind before it trains, also one that resumes.
+
+        Args:
+            batch: as many samples as in training; which ones does not matter.
+        """
+        batch = replace(batch, self_condition=False).to(self.device)
+
+        def run() -> None:
+            with autocast(self.dtype, self.device):
+                losses = loss_of(batch, self.replica.module, self.diffusion)
+            self.replica.backward(losses.sum())
+            self.optimizer.zero_grad(set_to_none=True)
+
+        if not self.config.compile:
+            run()
+            return
+        self.replica.compile()
+        try:
+            run()
+        except Exception as error:
+            self.replica.give_up_compiling(error)
+            run()
+
+    def learn(self, batch: Batch, step: int, meter: Meter) -> bool:
+        """One optimiser step; False, and nothing is changed, if loss or gradient is not finite.
+
+        Args:
+            batch: this rank's share of the global batch.
+            step: its number, from 0.
+            meter: told the losses and the norm of the gradient.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        is_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        parts = batch.split(config.accumulation_steps)
+        for k, part in enumerate(parts):
+            part = part.to(self.device)
+            with self.replica.synchronised(k == len(parts) - 1):
+                with autocast(self.dtype, self.device):
+                    losses = loss_of(part, self.replica.module, self.diffusion)
+                # Ranks' gradients are averaged: this makes it the mean over the global batch,
+                # however unequal their shares.
+                loss = losses.sum() * (self.world_size / config.global_batch_size)
+                self.replica.backward(self.scaler.scale(loss))
+            meter.add(losses, part.timesteps)
+            is_finite &= torch.isfinite(losses.detach()).all()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        # What is not finite on one rank is so in the sum of gradients, which all ranks see. With
+        # fp16 it may be the scale that was too large, and the loss decides.
+        if self.scaler.is_enabled():
+            if self.world_size > 1:
+                dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+        else:
+            is_finite &= torch.isfinite(grad_norm)
+        if not bool(is_finite):
+            return False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update(self.model)
+        meter.add_grad_norm(grad_norm)
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """The fields of a `Checkpoint` that are the learner's, not copied."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            },
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes them back."""
+        self.model.load_state_dict(checkpoint.model)
+        self.ema.load(checkpoint.ema, checkpoint.global_step)
+        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """That of an optimiser step, counted from 0: linear warm-up, then constant or cosine to 0."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if config.learning_rate_decay == "constant":
+        return config.learning_rate * warm
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
