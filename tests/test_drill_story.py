@@ -60,6 +60,7 @@ def assert_recovered(found: dict[str, Any]) -> None:
     assert found["seconds_to_recover"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint(
     drill: Callable[..., dict[str, Any]],
 ) -> None:

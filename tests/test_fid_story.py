@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.config import load_config
 from pipeline.driver import make_plan
 from pipeline.workflow import read_artifact, read_manifest
 
 
+@pytest.mark.slow
 def test_a_training_is_scored_while_it_goes_on(
     tiny_config: Path, tmp_path: Path, ray_cluster: str, run_cli: Callable[..., Any]
 ) -> None:

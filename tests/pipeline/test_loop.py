@@ -180,20 +180,20 @@ def test_ranks_and_parts_see_the_same_and_resume_to_the_bit(
     settings: list[str], tiny_config: Path, tmp_path: Path, data: dict[str, Any]
 ) -> None:
     """Three ranks, for with two the order of a sum cannot show; shares of 2, 1 and 1 groups."""
-    steps = [f"train.num_steps={STEPS}", "train.checkpoint_every=8", "train.global_batch_size=64"]
+    steps = ["train.num_steps=12", "train.checkpoint_every=4", "train.global_batch_size=64"]
     config = load_config(tiny_config, [*steps, *settings])
-    one = load(train(config, tmp_path, data, "one"))
-    parts = load(train(settings_of(config, accumulation_steps=3), tmp_path, data, "parts"))
-    jobs = [("three", config), ("stopped", settings_of(config, num_steps=16)), ("stopped", config)]
+    one = load(train(config, tmp_path, data, "one"), 12)
+    parts = load(train(settings_of(config, accumulation_steps=3), tmp_path, data, "parts"), 12)
+    jobs = [("three", config), ("stopped", settings_of(config, num_steps=8)), ("stopped", config)]
     run_ranks(3, tmp_path, data, jobs)
-    three, stopped = (load(store_of(tmp_path, name)) for name in ("three", "stopped"))
+    three, stopped = (load(store_of(tmp_path, name), 12) for name in ("three", "stopped"))
     assert_same_to_the_bit(stopped, three)
     for other in (three, parts):
         for name in one.ema:
             assert torch.allclose(one.ema[name], other.ema[name], atol=1e-5), name
         for ours, theirs in zip(other.history, one.history, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    resumed = load(train(config, tmp_path, data, "stopped"))  # it was done
+    resumed = load(train(config, tmp_path, data, "stopped"), 12)  # it was done
     assert_same_to_the_bit(resumed, three)
 
 
