@@ -1,0 +1,218 @@
+"""Weak scaling of data-parallel training, simulated for 1 to 128 GPUs from what is measured here.
+
+    python bench/weak_scaling.py [--output bench/results/weak_scaling.json]
+
+The formula, for N ranks with a fixed share of the batch each:
+
+    all_reduce(N) = 2 (N - 1) / N * G / B + 2 (N - 1) * L        a ring
+    exposed(N)    = max(0, all_reduce(N) - o * b)
+    step(N)       = c + exposed(N),    efficiency(N) = c / step(N)
+
+G bytes of gradients, B bytes a second and L seconds of latency of the slowest link, c seconds of
+a step on one rank, b of them in the backward pass, o the share of the backward pass during which
+gradients are on their way. c, b, G and o are measured with the network of `train_speed.toml`: o
+from two gloo ranks of one thread each, as the part of an all-reduce of G that their backward
+pass hides. Two ranks on two cores of one machine share its memory's bandwidth, which counts
+against o. B and L are those of common links, not measured. Since a GPU is much faster than a core,
+efficiencies are also given for assumed c, with G of this network and of one a hundred times as
+large. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import multiprocessing
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from machine import hardware
+
+from pipeline.batches import BatchMaker
+from pipeline.config import load_config
+from pipeline.models import make_diffusion, make_unet
+from pipeline.order import make_order
+from pipeline.replica import Replica
+from pipeline.stopwatch import Stopwatch
+from pipeline.train import process_group
+from pipeline.validation import loss_of
+
+SPEED = Path(__file__).resolve().parent / "train_speed.toml"
+LINKS = {"NVLink 4": (450e9, 5e-6), "400 Gb/s": (50e9, 1e-5), "100 Gb/s": (12.5e9, 2e-5)}
+WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+ASSUMED_COMPUTE_S = (0.02, 0.1)
+STEPS, WARM_STEPS = 40, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    alone, together = measure(1), measure(2)
+    hidden = 1 - together["exposed_s"] / together["all_reduce_s"]
+    overlap = max(0.0, hidden) * together["all_reduce_s"] / together["backward_s"]
+    measured = {
+        "gradient_bytes": alone["gradient_bytes"],
+        "compute_s": alone["compute_s"],
+        "backward_s": alone["backward_s"],
+        "two_ranks": together,
+        "share_of_all_reduce_hidden": round(hidden, 3),
+        "overlap": round(min(1.0, overlap), 4),
+    }
+    backward_share = alone["backward_s"] / alone["compute_s"]
+    simulated = []
+    for times, gradient_bytes in (
+        (1, alone["gradient_bytes"]),
+        (100, 100 * alone["gradient_bytes"]),
+    ):
+        for compute_s in ((alone["compute_s"],) if times == 1 else ()) + ASSUMED_COMPUTE_S:
+            for link, (bandwidth, latency_s) in LINKS.items():
+                row = [
+                    efficiency(
+                        n, compute_s, backward_share * compute_s, gradient_bytes, bandwidth,
+                        latency_s, min(1.0, overlap),
+                    )
+                    for n in WORLD_SIZES
+                ]  # fmt: skip
+                simulated.append(
+                    {
+                        "link": link,
+                        "gradient_bytes": gradient_bytes,
+                        "compute_s": round(compute_s, 4),
+                        "efficiency": dict(zip(map(str, WORLD_SIZES), row, strict=True)),
+                    }
+                )
+    document = {"measured": measured, "simulated": simulated, "hardware": hardware(),
+                "versions": {"torch": torch.__version__}}  # fmt: skip
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+def efficiency(
+    world_size: int,
+    compute_s: float,
+    backward_s: float,
+    gradient_bytes: int,
+    bandwidth: float,
+    latency_s: float,
+    overlap: float,
+) -> float:
+    """Speed of a rank among so many over its speed alone; see the formula above."""
+    if world_size == 1:
+        return 1.0
+    moved = 2 * (world_size - 1) / world_size * gradient_bytes
+    all_reduce_s = moved / bandwidth + 2 * (world_size - 1) * latency_s
+    exposed_s = max(0.0, all_reduce_s - overlap * backward_s)
+    return round(compute_s / (compute_s + exposed_s), 4)
+
+
+def measure(world_size: int) -> dict[str, Any]:
+    """Medians of one rank's steps, with one thread a rank."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "rank0.json"
+        ranks = [
+            context.Process(target=run_rank, args=(rank, world_size, port, output))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            raise SystemExit("A rank failed.")
+        return json.loads(output.read_text())
+
+
+def run_rank(rank: int, world_size: int, port: int, output: Path) -> None:
+    torch.set_num_threads(1)
+    where = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": world_size}
+    with process_group(**where):
+        found = time_steps(rank, world_size)
+    if rank == 0:
+        output.write_text(json.dumps(found))
+
+
+class FakeItems:
+    """As many noise images as an epoch of the order needs."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.counts = shape, (4096,)
+        self._pixels = np.random.default_rng(0).integers(0, 256, (4096, *shape), np.uint8)
+
+    def __len__(self) -> int:
+        return 4096
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        return self._pixels[ids]
+
+    def labels_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.full(len(ids), -1)
+
+    def prefetch(self, uses: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def time_steps(rank: int, world_size: int) -> dict[str, Any]:
+    # Weak scaling: each rank has 32 images, whatever their number.
+    config = load_config(SPEED, [f"train.global_batch_size={32 * world_size}"])
+    train, diffusion = config.train, make_diffusion(config)
+    model = make_unet(config, 0)
+    watch = Stopwatch()
+    replica = Replica(model, world_size, watch)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    items = FakeItems(config.data.shape)
+    order = make_order(
+        seed=0, counts=items.counts, global_batch_size=train.global_batch_size, shuffle_window=None
+    )
+    batches = BatchMaker(train, diffusion, items, order, rank, world_size)
+    totals, backwards, exposed = [], [], []
+    for step in range(WARM_STEPS + STEPS):
+        batch = batches.make(step, 0)
+        if world_size > 1:
+            dist.barrier()
+        watch.take()
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        loss = loss_of(batch, replica.module, diffusion).mean()
+        begun = time.perf_counter()
+        replica.backward(loss)
+        ended = time.perf_counter()
+        optimizer.step()
+        watch.mark("compute")
+        _, parts = watch.take()
+        totals.append(time.perf_counter() - started)
+        backwards.append(ended - begun - parts["sync"])
+        exposed.append(parts["sync"])
+    gradient = torch.zeros(sum(p.numel() for p in model.parameters()))
+    reduces = []
+    for _ in range(STEPS if world_size > 1 else 0):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(gradient)
+        reduces.append(time.perf_counter() - started)
+    return {
+        "gradient_bytes": gradient.numel() * 4,
+        "compute_s": median(totals),
+        "backward_s": median(backwards),
+        "exposed_s": median(exposed),
+        "all_reduce_s": statistics.median(reduces) if reduces else 0.0,
+    }
+
+
+def median(values: list[float]) -> float:
+    return round(statistics.median(values[WARM_STEPS:]), 5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
