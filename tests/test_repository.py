@@ -95,3 +95,12 @@ def test_the_shards_are_what_their_script_makes(tmp_path: Path) -> None:
     ]
     for path in made:
         assert (tmp_path / path).read_bytes() == (committed / path).read_bytes(), path
+
+
+def test_the_map_of_the_pipeline_is_whole() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = text.split("| about | modules |\n", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    named = [name.rstrip("/") for row in rows for name in re.findall(r"`([a-z_]+/?)`", row)]
+    there = {path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py"}
+    there |= {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    assert sorted(named) == sorted(there - {"__init__"})
