@@ -137,7 +137,7 @@ def run_drill(
 def shorten(config: Config, kind: Kind, num_steps: int, root: str) -> Config:
     """The config of a drill: so many steps, ten checkpoints, a row of metrics for each step.
 
-    Validation and samples on the way are left out. For `node` there are [1, 2] workers.
+    Validation, samples and scores on the way are left out. For `node` there are [1, 2] workers.
 
     Args:
         config: the whole config.
@@ -159,6 +159,7 @@ def shorten(config: Config, kind: Kind, num_steps: int, root: str) -> Config:
         "log_every": 1,
         "validate_every": None,
         "sample_every": None,
+        "fid_every": None,
     }
     if kind == Kind.node:
         if config.train.use_gpu:

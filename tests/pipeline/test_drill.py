@@ -14,7 +14,10 @@ from pipeline.storage import LocalStorage
 
 
 def test_a_drill_is_short_and_elsewhere_and_keeps_the_rest(tiny_config: Path) -> None:
-    settings = ["train.validate_every=5", "train.learning_rate=0.5", "cluster.address=a:1"]
+    settings = [
+        "train.validate_every=5", "train.sample_every=5", "train.fid_every=5",
+        "train.learning_rate=0.5", "cluster.address=a:1",
+    ]  # fmt: skip
     config = load_config(tiny_config, settings)
     short = shorten(config, Kind.node, 40, "/elsewhere")
     assert (short.train.num_steps, short.train.checkpoint_every, short.train.log_every) == (
@@ -24,7 +27,8 @@ def test_a_drill_is_short_and_elsewhere_and_keeps_the_rest(tiny_config: Path) ->
     )
     assert (short.storage.root, short.cluster.address) == ("/elsewhere", None)
     assert short.train.num_workers == (1, 2)
-    assert short.train.validate_every is None
+    extras = (short.train.validate_every, short.train.sample_every, short.train.fid_every)
+    assert extras == (None, None, None)
     assert short.train.learning_rate == 0.5
     assert shorten(config, Kind.worker, 40, "/elsewhere").train.num_workers == 2
 
