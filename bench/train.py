@@ -8,7 +8,7 @@ In the project's environment; `--peers` is the interpreter of one with both libr
 process of its own and one after another. Fashion-MNIST at 16x16.
 
 Speed, in images per second of the whole loop (data, noise, gradient, optimiser, EMA), batch 64,
-medians of alternating rounds:
+medians of the ratios of alternating rounds:
 
 `vs_denoising_diffusion_pytorch`  over its Trainer, with equal weights.
 `vs_diffusers`                    over what its unconditional script does, with as many FLOPs.
@@ -49,6 +49,10 @@ BENCH = Path(__file__).resolve().parent
 SPEED = BENCH / "train_speed.toml"
 NUM_SAMPLES = 1000
 SPEED_SIDES = ("ddp_speed", "ours_equal_weights", "diffusers_speed", "ours_equal_flops")
+RATIOS = {
+    "vs_denoising_diffusion_pytorch": ("ours_equal_weights", "ddp_speed"),
+    "vs_diffusers": ("ours_equal_flops", "diffusers_speed"),
+}
 QUALITY_SIDES = ("ours", "ddp_recipe", "ddp_default", "diffusers_default")
 DEFAULTS = ("ddp_default", "diffusers_default")
 
@@ -101,16 +105,21 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "ray_overhead": shares["callbacks"],
         "data_overhead": shares["data"],
-        "vs_denoising_diffusion_pytorch": ratio(medians, "ours_equal_weights", "ddp_speed"),
-        "vs_diffusers": ratio(medians, "ours_equal_flops", "diffusers_speed"),
+        **{name: median_ratio(speeds, *sides) for name, sides in RATIOS.items()},
+        "ratios_of_medians": {
+            name: round(medians[ours] / medians[theirs], 3)
+            for name, (ours, theirs) in RATIOS.items()
+        },
         "images_per_s": medians,
         "all_images_per_s": speeds,
         "shares_under_ray": shares,
     }
 
 
-def ratio(medians: dict[str, float], ours: str, theirs: str) -> float:
-    return round(medians[ours] / medians[theirs], 3)
+def median_ratio(speeds: dict[str, list[float]], ours: str, theirs: str) -> float:
+    """Over the rounds: what a round has in common, the machine's mood, cancels out."""
+    pairs = zip(speeds[ours], speeds[theirs], strict=True)
+    return round(statistics.median(mine / other for mine, other in pairs), 3)
 
 
 def measure_quality(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -240,7 +240,9 @@ def diffusers_script(work: Path, clock: Clock, network: nn.Module, batch_size: i
     )
     loader = torch.utils.data.DataLoader(Pictures(work / "png"), batch_size, shuffle=True)
     # The script's default is 100 epochs, whose cosine hardly falls in so short a time.
-    rates = get_scheduler("cosine", optimizer, 500, 100 * len(loader))
+    rates = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=500, num_training_steps=100 * len(loader)
+    )
     network, optimizer, loader, rates = accelerator.prepare(network, optimizer, loader, rates)
     clock.__post_init__()
 
