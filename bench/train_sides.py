@@ -68,6 +68,10 @@ class Clock:
     seconds: float | None
 
     def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Training begins now."""
         self.times: list[float] = []
         self.started = time.perf_counter()
 
@@ -149,7 +153,7 @@ def ddp_trainer(work: Path, clock: Clock, network: nn.Module, **options: Any) ->
         clock.step()
 
     trainer.ema.update = counted
-    clock.__post_init__()
+    clock.start()
     with contextlib.suppress(OutOfTimeError):
         trainer.train()
     return Trained(ddp_sampler(trainer.ema.ema_model), {"batch": trainer.batch_size})
@@ -161,7 +165,7 @@ def ddp_recipe(work: Path, clock: Clock, network: nn.Module) -> Trained:
     optimizer = torch.optim.AdamW(process.parameters(), lr=1e-3, fused=True)
     ema = copy.deepcopy(process).requires_grad_(False)
     g = torch.Generator().manual_seed(0)
-    clock.__post_init__()
+    clock.start()
     assert clock.seconds is not None
     with contextlib.suppress(OutOfTimeError):
         while True:
@@ -244,7 +248,7 @@ def diffusers_script(work: Path, clock: Clock, network: nn.Module, batch_size: i
         "cosine", optimizer, num_warmup_steps=500, num_training_steps=100 * len(loader)
     )
     network, optimizer, loader, rates = accelerator.prepare(network, optimizer, loader, rates)
-    clock.__post_init__()
+    clock.start()
 
     def step(images: Tensor) -> None:
         with accelerator.accumulate(network):
