@@ -36,6 +36,7 @@ from pipeline.storage import open_storage
 from pipeline.torchrun import dismiss, torchrun_world
 
 INTERRUPTED_EXIT_CODE = 130
+UNDER_TORCHRUN = (("preprocess",), ("train",))
 KEPT = "Interrupted. Finished steps and checkpoints are kept; the same command continues."
 
 app = typer.Typer(
@@ -306,6 +307,11 @@ def _run_steps(
     printer = EventPrinter(console)
     with _errors_to_exit_codes(as_json):
         started = time.monotonic()
+        if torchrun_world() is not None and targets not in UNDER_TORCHRUN:
+            raise ConfigError(
+                "Under torchrun every rank runs the same command, and only training is for all of "
+                "them. Use torchrun for the verb train, and none for the others."
+            )
         config = load_config(path, overrides or ())
         # Ray prints to stdout when a worker dies, where a program expects one JSON object.
         stdout = contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)

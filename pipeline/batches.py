@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core import Diffusion
+from pipeline.errors import ConfigError
 from pipeline.loader import (
     draw_coin,
     draw_flips,
@@ -72,6 +73,21 @@ class Batch:
             timesteps=change(self.timesteps),
             noise=change(self.noise),
             class_labels=None if labels is None else change(labels),
+        )
+
+
+def check_ranks(config: TrainConfig, world_size: int) -> None:
+    """Refuses more ranks than can share a batch.
+
+    Raises:
+        ConfigError: a rank would have nothing to do.
+    """
+    num_groups = config.global_batch_size // NOISE_GROUP
+    if world_size > num_groups:
+        raise ConfigError(
+            f"{world_size} ranks cannot share train.global_batch_size = "
+            f"{config.global_batch_size}: each takes {NOISE_GROUP} or more. Start at most "
+            f"{num_groups}, or raise it to {NOISE_GROUP * world_size}."
         )
 
 

@@ -1,11 +1,11 @@
-"""Writing checkpoints behind the training: it goes on while one is written."""
+"""Writing checkpoints behind the training, and waiting for a storage that is away."""
 
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,23 +16,56 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 15.0
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Tries again what the storage refuses, for so many seconds since it was first tried.
+
+    Args:
+        seconds: until the last attempt begins.
+        sleep: waits for so many seconds.
+        clock: seconds.
+    """
+
+    seconds: float
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def until_done(self, action: Callable[[], T], what: str) -> T:
+        """What an action gives, as soon as it does.
+
+        Args:
+            action: may raise StorageError, and may be called again.
+            what: for the warning, as in "The checkpoint is not read yet".
+
+        Raises:
+            StorageError: of the last attempt.
+        """
+        ends, pause = self.clock() + self.seconds, 1.0
+        while True:
+            try:
+                return action()
+            except StorageError as error:
+                if (left := ends - self.clock()) <= 0:
+                    raise
+                pause = min(pause, left)
+                logger.warning("%s yet, next try in %.0f s: %s", what, pause, error)
+                self.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
 
 class CheckpointWriter:
     """Writes checkpoints on a thread, one at a time, and tries again while the storage fails.
 
     Args:
         store: where they go.
-        patience_s: how long one that cannot be written is tried again.
-        sleep: waits for so many seconds.
+        patience: with one that cannot be written.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        patience_s: float,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._store, self._patience_s, self._sleep = store, patience_s, sleep
+    def __init__(self, store: CheckpointStore, patience: Patience) -> None:
+        self._store, self._patience = store, patience
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -60,24 +93,8 @@ class CheckpointWriter:
         self._pool.shutdown(wait=True)
 
     def _save(self, checkpoint: Checkpoint) -> None:
-        pause, waited = 1.0, 0.0
-        while True:
-            try:
-                self._store.save(checkpoint)
-                return
-            except StorageError as error:
-                if waited >= self._patience_s:
-                    raise
-                pause = min(pause, self._patience_s - waited)
-                logger.warning(
-                    "The checkpoint at step %d is not written yet, next try in %.0f s: %s",
-                    checkpoint.global_step,
-                    pause,
-                    error,
-                )
-                self._sleep(pause)
-                waited += pause
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+        what = f"The checkpoint at step {checkpoint.global_step} is not written"
+        self._patience.until_done(lambda: self._store.save(checkpoint), what)
 
 
 def copy_to_host(checkpoint: Checkpoint) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 A checkpoint `<directory>/checkpoints/<step>/` holds weights, EMA weights, optimiser state and the
 metrics so far in files named with the hash of their content, and, written last and created once,
-`manifest.json` with those names. Nothing is unpickled but tensors.
+`manifest.json` with those names and a hash of its own. Nothing is unpickled but tensors.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
@@ -38,7 +38,8 @@ class Checkpoint:
         history: the rows of metrics so far.
         skipped: numbers of the batches that gave no finite loss.
         num_rewinds: how often training went back.
-        environment: of the process, what the last bit depends on.
+        environments: what the last bit depends on, of all ranks, since which step; the last one is
+            that of the ranks that wrote this.
     """
 
     global_step: int
@@ -48,7 +49,7 @@ class Checkpoint:
     history: Sequence[Row]
     skipped: tuple[int, ...] = ()
     num_rewinds: int = 0
-    environment: dict[str, Any] = field(default_factory=dict)
+    environments: Sequence[dict[str, Any]] = ()
 
     @property
     def validation_loss(self) -> float | None:
@@ -91,7 +92,7 @@ class CheckpointStore:
             "global_step": checkpoint.global_step,
             "skipped": checkpoint.skipped,
             "num_rewinds": checkpoint.num_rewinds,
-            "environment": checkpoint.environment,
+            "environments": list(checkpoint.environments),
             "validation_loss": checkpoint.validation_loss,
             "files": {
                 name: {"file": hashed_name(name, sha256), "sha256": sha256}
@@ -104,6 +105,7 @@ class CheckpointStore:
             self.storage.delete(directory)  # damaged: this one takes its place
         for name, content in files.items():
             self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
+        manifest["sha256"] = _hash_of(manifest)
         self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
         self.show_metrics(checkpoint.history)
         self._drop_old(checkpoint.global_step)
@@ -135,13 +137,14 @@ class CheckpointStore:
     def load(self, step: int) -> Checkpoint | None:
         """The checkpoint at a step; None when it is missing or damaged."""
         directory = self._directory(step)
+        if (manifest := self._manifest(step)) is None:
+            return None
         try:
-            manifest = json.loads(self.storage.read(f"{directory}/manifest.json"))
             files = {
                 name: self.storage.read(f"{directory}/{entry['file']}")
                 for name, entry in manifest["files"].items()
             }
-        except (FileNotFoundError, json.JSONDecodeError):
+        except FileNotFoundError:
             return None
         for name, content in files.items():
             if hashlib.sha256(content).hexdigest() != manifest["files"][name]["sha256"]:
@@ -154,12 +157,13 @@ class CheckpointStore:
             history=[json.loads(line) for line in files["metrics.jsonl"].splitlines()],
             skipped=tuple(manifest["skipped"]),
             num_rewinds=manifest["num_rewinds"],
-            environment=manifest["environment"],
+            environments=manifest["environments"],
         )
 
     def best_step(self) -> int | None:
         """The step with the least validation loss among those measured at a checkpoint."""
-        losses = {step: self._validation_loss(step) for step in self.steps()}
+        manifests = {step: self._manifest(step) for step in self.steps()}
+        losses = {step: known and known["validation_loss"] for step, known in manifests.items()}
         measured = {step: loss for step, loss in losses.items() if loss is not None}
         return min(measured, key=lambda step: (measured[step], step)) if measured else None
 
@@ -168,18 +172,22 @@ class CheckpointStore:
         kept = {*steps[-KEPT:], self.best_step()}
         if self.keep_every is not None:
             kept |= {step for step in steps if step % self.keep_every == 0}
-        for step in steps:
+        # All that are no checkpoint any more, also those that a kill left half deleted.
+        names = self.storage.list(f"{self.directory}/checkpoints")
+        for step in [int(name) for name in names if int(name) <= last]:
             if step not in kept:
                 # The manifest goes first: half a deletion is no checkpoint either.
                 self.storage.delete(f"{self._directory(step)}/manifest.json")
                 self.storage.delete(self._directory(step))
 
-    def _validation_loss(self, step: int) -> float | None:
+    def _manifest(self, step: int) -> dict[str, Any] | None:
+        """That of a checkpoint; None when it is missing or damaged."""
         try:
-            content = self.storage.read(f"{self._directory(step)}/manifest.json")
-            return json.loads(content)["validation_loss"]
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+            manifest = json.loads(self.storage.read(f"{self._directory(step)}/manifest.json"))
+            is_whole = manifest.pop("sha256") == _hash_of(manifest)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # not there, no JSON, or not what was written
+        return manifest if is_whole else None
 
     def _directory(self, step: int) -> str:
         return f"{self.directory}/checkpoints/{step:09d}"
@@ -188,6 +196,11 @@ class CheckpointStore:
 def to_safetensors(weights: Mapping[str, Tensor]) -> bytes:
     """Weights as a safetensors file, contiguous and on the CPU."""
     return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in weights.items()})
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says but this."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def to_lines(history: Sequence[Row]) -> bytes:

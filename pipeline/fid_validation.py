@@ -143,8 +143,6 @@ class Scorer:
                 self._storage.delete(f"{self.directory}/weights/{name}")
             if self._is_done:
                 self._tell_left_out()
-        if self._board is not None:
-            self._board.close()
 
     def _tell_left_out(self) -> None:
         due = range(self._every, self._reached + 1, self._every)

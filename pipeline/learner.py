@@ -1,6 +1,7 @@
 """What an optimiser step changes: the network, its moving average and the optimiser's state."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,7 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.scaler = self._make_scaler()
         self.replica = Replica(self.model, world_size, watch)
 
     @property
@@ -70,29 +71,38 @@ class Learner:
         came; with three ranks and more the layout changes in what order they are summed. So every
         process leaves that pass behind before it trains, also one that resumes.
 
+        With torch.compile it goes through all that a step may be, so that what cannot be compiled
+        is found here.
+
         Args:
-            batch: as many samples as in training; which ones does not matter.
+            batch: a share of a global batch; which samples are in it does not matter.
         """
-        batch = replace(batch, self_condition=False).to(self.device)
-
-        def run() -> None:
-            with autocast(self.dtype, self.device):
-                losses = loss_of(batch, self.replica.module, self.diffusion)
-            self.replica.backward(losses.sum())
-            self.optimizer.zero_grad(set_to_none=True)
-
+        parts = batch.split(self.config.accumulation_steps)
         if not self.config.compile:
-            run()
+            self._go_through(parts[-1:], is_self_conditioned=False)
             return
         self.replica.compile()
         try:
-            run()
+            for coin in (False, True) if batch.self_condition is not None else (False,):
+                self._go_through(parts, is_self_conditioned=coin)
         except Exception as error:
             self.replica.give_up_compiling(error)
-            run()
+            self._go_through(parts[-1:], is_self_conditioned=False)
+
+    def _go_through(self, parts: Sequence[Batch], *, is_self_conditioned: bool) -> None:
+        """The forward and backward passes of a step, and nothing of what they gave."""
+        for k, part in enumerate(parts):
+            if part.self_condition is not None:
+                part = replace(part, self_condition=is_self_conditioned)
+            part = part.to(self.device)
+            with self.replica.synchronised(k == len(parts) - 1):
+                with autocast(self.dtype, self.device):
+                    losses = loss_of(part, self.replica.module, self.diffusion)
+                self.replica.backward(losses.sum())
+        self.optimizer.zero_grad(set_to_none=True)
 
     def learn(self, batch: Batch, step: int, meter: Meter) -> bool:
-        """One optimiser step; False, and nothing is changed, if loss or gradient is not finite.
+        """One optimiser step; False if loss or gradient is not finite on any rank: call `restore`.
 
         Args:
             batch: this rank's share of the global batch.
@@ -103,7 +113,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         self.optimizer.zero_grad(set_to_none=True)
-        is_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        is_finite = torch.ones((), dtype=torch.int32, device=self.device)
         parts = batch.split(config.accumulation_steps)
         for k, part in enumerate(parts):
             part = part.to(self.device)
@@ -118,19 +128,18 @@ class Learner:
             is_finite &= torch.isfinite(losses.detach()).all()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        # What is not finite on one rank is so in the sum of gradients, which all ranks see. With
-        # fp16 it may be the scale that was too large, and the loss decides.
-        if self.scaler.is_enabled():
-            if self.world_size > 1:
-                dist.all_reduce(is_finite, dist.ReduceOp.MIN)
-        else:
-            is_finite &= torch.isfinite(grad_norm)
-        if not bool(is_finite):
+        if self.world_size > 1:  # a loss may overflow on one rank whose gradient does not
+            dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+        has_loss, has_gradient = torch.stack([is_finite.bool(), torch.isfinite(grad_norm)]).tolist()
+        if not has_loss or not (has_gradient or self.scaler.is_enabled()):
             return False
+        # With fp16 it was the scale that was too large for the gradient: the scaler then lowers
+        # it, and leaves the weights as they are.
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.ema.update(self.model)
-        meter.add_grad_norm(grad_norm)
+        if has_gradient:
+            self.ema.update(self.model)
+            meter.add_step(losses, grad_norm)
         return True
 
     def state(self) -> dict[str, Any]:
@@ -149,7 +158,12 @@ class Learner:
         self.model.load_state_dict(checkpoint.model)
         self.ema.load(checkpoint.ema, checkpoint.global_step)
         self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        self.scaler = self._make_scaler()  # the old one may be in the middle of a step
         self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        """Of the loss, where fp16 needs it; otherwise it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

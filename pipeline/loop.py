@@ -10,14 +10,15 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from diffusion_core import Diffusion
-from pipeline.batches import Batch, BatchMaker, iter_batches
-from pipeline.checkpoint_writer import CheckpointWriter, copy_to_host
+from pipeline.batches import Batch, BatchMaker, check_ranks, iter_batches
+from pipeline.checkpoint_writer import CheckpointWriter, Patience, copy_to_host
 from pipeline.checkpoints import Checkpoint, CheckpointStore, Row
 from pipeline.errors import StorageError, TrainingError
 from pipeline.host import keep_freed_memory
@@ -25,13 +26,15 @@ from pipeline.learner import Learner, learning_rate
 from pipeline.loader import keyed_seed
 from pipeline.meter import Meter
 from pipeline.order import make_order
-from pipeline.precision import describe_environment
+from pipeline.precision import gather_environment
 from pipeline.settings import TrainConfig
 from pipeline.shards import Items
 from pipeline.stopwatch import Stopwatch
 from pipeline.validation import validation_loss
 
 logger = logging.getLogger(__name__)
+
+ASK_EVERY_S = 5.0  # whether a checkpoint is wanted: a node that goes gives notice of 30 s or more
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Hooks:
         on_row: on rank 0, a row of metrics and the step that this process began with.
         on_samples: on rank 0 every `sample_every` steps, the step and the EMA network.
         on_fid: on rank 0 every `fid_every` steps, the step and the EMA network.
-        wants_checkpoint: on every rank equally often, before each row: whether to save at once.
+        wants_checkpoint: on every rank equally often, every few seconds: whether this process is
+            about to be ended. A checkpoint is made when it first says so.
     """
 
     on_row: Callable[[Row, int], None] = lambda row, first_step: None
@@ -87,9 +91,11 @@ def train_loop(
         The rows of metrics, one for `config.log_every` steps.
 
     Raises:
+        ConfigError: there are more ranks than can share a batch.
         TrainingError: the loss was not finite, more often than `config.max_rewinds`.
         StorageError: a checkpoint cannot be written or read.
     """
+    check_ranks(config, world_size)
     order = make_order(
         seed=config.seed,
         counts=items.counts,
@@ -125,15 +131,19 @@ class _Training:
         self.batches, self.hooks = batches, hooks
         self.rank, self.world_size = batches.rank, batches.world_size
         self.device = device or torch.device("cpu")
-        self.environment = describe_environment(self.device, self.world_size)
+        self.environments: list[dict[str, Any]] = []
         self.diffusion = diffusion.to(self.device)
         self.watch = Stopwatch()
         self.learner = Learner(
             config, model, self.diffusion, self.device, self.world_size, self.watch
         )
         self.meter = Meter(diffusion.num_train_timesteps, self.device)
-        self.writer = CheckpointWriter(store, config.storage_patience_s)
+        self.patience = Patience(config.storage_patience_s)
+        self.writer = CheckpointWriter(store, self.patience)
         self.step, self.num_rewinds = 0, 0
+        self.ask_every, self.is_asked_to_save = 1, False
+        self.begun: Checkpoint | None = None  # the state to go back to before there is another
+        self.num_saved = 0
         self.skipped: list[int] = []
         self.history: list[Row] = []
 
@@ -141,7 +151,6 @@ class _Training:
         config = self.config
         self._resume()
         self.first_step = self.step
-        begun = copy_to_host(self._state())
         self._warm_up()
         self.learner.model.train()
         self.watch.take()
@@ -151,7 +160,7 @@ class _Training:
             self.watch.mark("data")
             torch.manual_seed(self._dropout_seed(number))
             if not self.learner.learn(batch, self.step, self.meter):
-                self._rewind(number, begun)
+                self._rewind(number)
                 batches.close()
                 batches = self._iter_batches()
                 continue
@@ -163,32 +172,44 @@ class _Training:
 
     def _resume(self) -> None:
         """From the latest checkpoint, if there is one."""
+        now = gather_environment(self.device, self.world_size)
         checkpoint = self._load_latest()
         if checkpoint is None:
+            self.begun = copy_to_host(self._state())
+            self.environments = [{"since_step": 0, **now}]
             return
         self._restore(checkpoint)
         self.skipped, self.num_rewinds = list(checkpoint.skipped), checkpoint.num_rewinds
-        for name, before in checkpoint.environment.items():
-            now = self.environment.get(name)
-            if self.rank == 0 and now != before:
+        self.environments = list(checkpoint.environments)
+        before = {k: v for k, v in self.environments[-1].items() if k != "since_step"}
+        if now != before:
+            self.environments.append({"since_step": self.step, **now})
+        for name in sorted({*before, *now}) if self.rank == 0 else ():
+            if now.get(name) != before.get(name):
                 logger.warning(
-                    "Training continues with %s = %s, and began with %s: the last bits may differ.",
+                    "Training continues with %s = %s, and the checkpoint was made with %s: the "
+                    "last bits may differ.",
                     name,
-                    now,
-                    before,
+                    now.get(name),
+                    before.get(name),
                 )
 
     def _load_latest(self) -> Checkpoint | None:
         """The latest checkpoint on every rank; rank 0 says which, so that all agree."""
         checkpoint = None
         if self.rank == 0:
-            checkpoint = self.store.load_latest(self.config.num_steps)
+            checkpoint = self.patience.until_done(
+                lambda: self.store.load_latest(self.config.num_steps),
+                "The latest checkpoint is not read",
+            )
         if self.world_size == 1:
             return checkpoint
         chosen = [checkpoint.global_step if checkpoint else -1]
         dist.broadcast_object_list(chosen, src=0)
         if self.rank != 0 and chosen[0] >= 0:
-            checkpoint = self.store.load(chosen[0])
+            checkpoint = self.patience.until_done(
+                lambda: self.store.load(chosen[0]), "The latest checkpoint is not read"
+            )
             if checkpoint is None:
                 raise StorageError(
                     f"Rank {self.rank} cannot read the checkpoint at step {chosen[0]} that rank 0 "
@@ -201,13 +222,15 @@ class _Training:
         self.learner.restore(checkpoint)
         self.step, self.history = checkpoint.global_step, list(checkpoint.history)
         self.meter = Meter(self.diffusion.num_train_timesteps, self.device)
-        if self.rank == 0:
-            self.store.show_metrics(self.history)  # rows after the checkpoint are no more
+        if self.rank == 0:  # rows after the checkpoint are no more
+            self.patience.until_done(
+                lambda: self.store.show_metrics(self.history), "The metrics are not written"
+            )
 
-    def _rewind(self, number: int, begun: Checkpoint) -> None:
+    def _rewind(self, number: int) -> None:
         """Back to the last checkpoint, to go on without this batch and with other noise."""
         self.num_rewinds += 1
-        last = f"{self.history[-1]['loss']:.4g}" if self.history else "none"
+        last = f"{loss:.4g}" if (loss := self.meter.last_loss) is not None else "none since then"
         fault = (
             f"The loss or its gradient was not finite at step {self.step + 1:,} "
             f"({self._culprits()}, last finite loss {last})"
@@ -219,7 +242,12 @@ class _Training:
             )
         self.skipped.append(number)
         self.writer.wait()
-        self._restore(self._load_latest() or begun)
+        if (checkpoint := self._load_latest() or self.begun) is None:
+            raise StorageError(
+                f"{fault}, and no checkpoint below {self.store.directory} can be read to go back "
+                "to. See what damaged them, delete them and run the same command again."
+            )
+        self._restore(checkpoint)
         if self.rank == 0:
             logger.warning(
                 "%s: training went back to step %s and skips that batch.", fault, f"{self.step:,}"
@@ -260,7 +288,7 @@ class _Training:
         is_last = done == config.num_steps
         closes_row = done % config.log_every == 0 or is_last
         self.watch.mark("metrics")
-        wants_checkpoint = closes_row and self.hooks.wants_checkpoint()
+        wants_checkpoint = self._is_new_wish()
         if self.rank == 0 and _is_due(config.sample_every, done):
             self.hooks.on_samples(done, self.learner.ema.model)
         if self.rank == 0 and _is_due(config.fid_every, done):
@@ -284,19 +312,34 @@ class _Training:
                 world_size=self.world_size,
             )
         self.watch.mark("metrics")
-        if saves and self.rank == 0:
-            self.writer.write(self._state())
-            self.watch.mark("checkpoint")
+        if saves:
+            self._save()
         if self.rank == 0:
             self.hooks.on_row(row, self.first_step)
             self.watch.mark("callbacks")
 
+    def _is_new_wish(self) -> bool:
+        """Asks, now and then, whether a checkpoint is wanted at once; once is enough."""
+        if self.step % self.ask_every:
+            return False
+        was_asked, self.is_asked_to_save = self.is_asked_to_save, self.hooks.wants_checkpoint()
+        return self.is_asked_to_save and not was_asked
+
+    def _save(self) -> None:
+        if self.num_saved:  # the one before is whole by now, or an error
+            self.begun = None
+        self.num_saved += 1
+        if self.rank == 0:
+            self.writer.write(self._state())
+            self.watch.mark("checkpoint")
+
     def _row(self) -> Row:
         """The metrics since the last row; ranks add up their losses."""
-        measured = self.meter.take(self.world_size)
+        measured = self.meter.take(self.world_size, self.watch.wall_s)
         self.watch.mark("sync" if self.world_size > 1 else "metrics")
         wall, seconds = self.watch.take()
         num_images = measured.pop("num_samples")
+        self.ask_every = max(1, round(ASK_EVERY_S * measured.pop("steps_per_s")))
         row: Row = {
             "global_step": self.step,
             "images_seen": self.step * self.config.global_batch_size,
@@ -318,7 +361,7 @@ class _Training:
             history=self.history,
             skipped=tuple(self.skipped),
             num_rewinds=self.num_rewinds,
-            environment=self.environment,
+            environments=self.environments,
         )
 
 

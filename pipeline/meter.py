@@ -21,6 +21,8 @@ class Meter:
         self._num_timesteps = num_timesteps
         self._totals = torch.zeros(2, NUM_QUARTERS, dtype=torch.float64, device=device)
         self._grad_norms: list[Tensor] = []
+        self._last_losses: Tensor | None = None
+        self._num_steps = 0
 
     def add(self, losses: Tensor, timesteps: Tensor) -> None:
         """Takes the losses of samples, float32 [N], and their timesteps, int64 [N]."""
@@ -29,27 +31,43 @@ class Meter:
         of_sample = torch.stack([losses.detach().double(), torch.ones_like(losses).double()])
         self._totals += of_sample @ is_in.double()
 
-    def add_grad_norm(self, norm: Tensor) -> None:
-        """Takes the norm of a step's gradient, before clipping."""
-        self._grad_norms.append(norm.detach())
+    def add_step(self, losses: Tensor, grad_norm: Tensor) -> None:
+        """Takes what a step that was done ended with: losses, and the gradient before clipping."""
+        self._num_steps += 1
+        self._grad_norms.append(grad_norm.detach())
+        self._last_losses = losses.detach()
+
+    @property
+    def last_loss(self) -> float | None:
+        """Of the last step that was done; None before the first."""
+        return None if self._last_losses is None else float(self._last_losses.mean())
 
     def is_finite(self) -> bool:
         """Whether all losses taken on this rank were."""
         return bool(torch.isfinite(self._totals).all())
 
-    def take(self, world_size: int) -> dict[str, Any]:
+    def take(self, world_size: int, seconds: float) -> dict[str, Any]:
         """The means since the last time, over all ranks; `loss_by_noise` from little to much.
 
-        A quarter of the noise levels that no sample fell into has None.
+        Args:
+            world_size: number of ranks, each of which calls this.
+            seconds: that this rank took.
+
+        A quarter of the noise levels that no sample fell into has None, and so has the norm where
+        no step was done.
         """
         totals, self._totals = self._totals, torch.zeros_like(self._totals)
         norms, self._grad_norms = self._grad_norms, []
+        steps, self._num_steps = self._num_steps, 0
+        all_seconds = totals.new_full((1, NUM_QUARTERS), seconds)
+        totals = torch.cat([totals, all_seconds])
         if world_size > 1:
             dist.all_reduce(totals)
-        sums, counts = totals.tolist()
+        sums, counts, (total_s, *_) = totals.tolist()
         return {
             "loss": sum(sums) / sum(counts),
             "loss_by_noise": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
-            "grad_norm": float(torch.stack(norms).mean()),
+            "grad_norm": float(torch.stack(norms).mean()) if norms else None,
             "num_samples": int(sum(counts)),
+            "steps_per_s": steps * world_size / total_s,
         }

@@ -5,6 +5,7 @@ import platform
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline.errors import ConfigError
 from pipeline.settings import TrainConfig
@@ -40,12 +41,27 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype)
 
 
-def describe_environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What equal bits depend on beside the config; recorded with every checkpoint."""
+def gather_environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What equal bits depend on beside the config, on all ranks; every rank calls it.
+
+    What differs between ranks is a list, by rank.
+    """
+    here = _describe_environment(device)
+    if world_size == 1:
+        return {"world_size": 1, **here}
+    by_rank: list[Any] = [None] * world_size
+    dist.all_gather_object(by_rank, here)
+    environment: dict[str, Any] = {"world_size": world_size}
+    for name in sorted({name for of_rank in by_rank for name in of_rank}):
+        values = [of_rank.get(name) for of_rank in by_rank]
+        environment[name] = values[0] if values.count(values[0]) == world_size else values
+    return environment
+
+
+def _describe_environment(device: torch.device) -> dict[str, Any]:
     environment = {
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "world_size": world_size,
         "device": device.type,
     }
     if device.type == "cpu":

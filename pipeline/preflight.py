@@ -34,11 +34,11 @@ from pipeline.probes import Facts, Question, ask, look
 from pipeline.settings import Config
 from pipeline.sources import find_first_files
 from pipeline.storage import LocalStorage, Storage, check_writable, in_bytes, open_storage
-from pipeline.torchrun import torchrun_world
+from pipeline.torchrun import World, torchrun_world
 from pipeline.workflow import Resources
 
 SAVED_BYTES_PER_WEIGHT = 16  # of a checkpoint: weights, EMA, AdamW
-CHECKPOINTS = 3  # two are kept while a third is written
+CHECKPOINTS = 4  # the latest two and the best are kept while another is written
 V2_VARIABLE = "RAY_TRAIN_V2_ENABLED"
 START_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 PROGRESS_VARIABLE = "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"
@@ -100,8 +100,10 @@ def before_ray(config: Config, storage: Storage, *, trains: bool) -> Iterator[Ch
     yield _check("disk", _check_disk, storage, config, trains)
     yield _check("time-outs", _check_timeouts, ray_environment(config))
     nodes = local_nodes(config)
-    if trains and torchrun_world() is not None and config.train.fid_every is not None:
-        yield _check("fid", check_fid, config, [], True)
+    if trains and (world := torchrun_world()) is not None:
+        yield _check("workers", _check_ranks, config, world)
+        if config.train.fid_every is not None:
+            yield _check("fid", check_fid, config, [], True)
     if nodes is not None:
         yield from _count_resources(config, nodes, None, trains and torchrun_world() is None)
 
@@ -173,6 +175,13 @@ def _check_model(config: Config) -> str:
     )
 
 
+def _check_ranks(config: Config, world: World) -> str:
+    from pipeline.batches import check_ranks
+
+    check_ranks(config.train, world.world_size)
+    return f"torchrun started {world.world_size} ranks"
+
+
 def _check_storage(storage: Storage) -> str:
     check_writable(storage)
     return f"{storage.uri} is written and read back, and refuses to overwrite"
@@ -185,9 +194,9 @@ def _check_disk(storage: Storage, config: Config, trains: bool) -> str:
         needed = _bytes_of_checkpoints(config) if trains else 0
         if free < needed:
             raise StorageError(
-                f"The storage root {storage.uri} has {in_bytes(free)} free, and {CHECKPOINTS} "
-                f"checkpoints need {in_bytes(needed)}. Free space or set storage.root to another "
-                "place."
+                f"The storage root {storage.uri} has {in_bytes(free)} free, and "
+                f"{_count_checkpoints(config)} checkpoints need {in_bytes(needed)}. Free space, "
+                "raise train.keep_every where it is set, or set storage.root to another place."
             )
         details.append(f"{in_bytes(free)} free at the storage root")
     temp = tempfile.gettempdir()
@@ -203,11 +212,17 @@ def _check_disk(storage: Storage, config: Config, trains: bool) -> str:
     return Note(detail) if isinstance(details[-1], Note) else detail
 
 
+def _count_checkpoints(config: Config) -> int:
+    """The most that are there at once."""
+    every = config.train.keep_every
+    return CHECKPOINTS + (0 if every is None else config.train.num_steps // every)
+
+
 def _bytes_of_checkpoints(config: Config) -> int:
     from pipeline.models import count_parameters
 
     try:
-        return CHECKPOINTS * SAVED_BYTES_PER_WEIGHT * count_parameters(config)
+        return _count_checkpoints(config) * SAVED_BYTES_PER_WEIGHT * count_parameters(config)
     except ConfigError:  # said by the check of the model
         return 0
 

@@ -1,6 +1,6 @@
 """What a node says of itself: one short task on each, pinned there, with a time-out.
 
-Here are the questions and how they are sent; what the answers mean is for `preflight.py`. The
+Here are the questions and how they are sent; what the answers mean is for `node_checks.py`. The
 tasks ask for no CPU, so that they run on busy nodes too.
 """
 

@@ -37,7 +37,7 @@ class Replica:
             self.module = self._ddp
 
     def compile(self) -> None:
-        """Has torch compile the network; call `run_once` next."""
+        """Has torch compile the network when it is next called, which may fail."""
         self.module = torch.compile(self.module)
 
     def give_up_compiling(self, error: Exception) -> None:

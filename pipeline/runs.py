@@ -5,13 +5,14 @@ often it is started. Its directory `runs/<name>-<8 hex>` holds `run.json`, `even
 `report.html`; all three are written by the holder of the run's lease alone.
 """
 
+import contextlib
 import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.leases import read_holder
 from pipeline.settings import Config
 from pipeline.storage import Storage
@@ -70,7 +71,10 @@ class RunRecord:
                 step |= {k: v for k, v in event.fields.items() if k in ("seconds", "error")}
             line = {"time": time.time(), "event": event.kind, "step": event.step, **event.fields}
             self._events += json.dumps(line) + "\n"
-            self._write()
+            # A note must not end what it is about; the next write brings it.
+            is_note = event.kind == "note"
+            with contextlib.suppress(StorageError) if is_note else contextlib.nullcontext():
+                self._write()
 
     def close(self, outcome: str) -> None:
         """Ends this execution: `done`, `failed` or `interrupted`."""

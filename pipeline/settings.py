@@ -24,6 +24,7 @@ MAX_SHARD_BYTES = 1 << 30  # a task holds as much of each split
 CACHE_BYTES = 64 << 30
 # Of `data`: what the data set does not depend on, but only how it is found or read.
 NOT_OF_THE_DATA_SET = {"sources", "shuffle_window", "cache_bytes"}
+MAX_PATIENCE_S = 480.0  # ranks give each other up after ten minutes
 LABEL_FIELD = "label"
 _OF_IMAGES = (
     "mode",
@@ -247,7 +248,9 @@ class TrainConfig(Section):
     cpus_per_worker: Positive = 1
     use_gpu: bool = False
     num_steps: Positive = Field(
-        default=10_000, description="optimiser steps; raising it extends a run"
+        default=10_000,
+        description="optimiser steps; raising it extends a run, but for the cosine's, which is "
+        "another from its first step",
     )
     global_batch_size: Positive = Field(default=64, description="over all workers")
     accumulation_steps: Positive = Field(
@@ -292,7 +295,10 @@ class TrainConfig(Section):
         default=2, ge=0, description="times training goes back after a loss that is not finite"
     )
     storage_patience_s: float = Field(
-        default=120.0, ge=0, description="how long a checkpoint that cannot be written is retried"
+        default=120.0,
+        ge=0,
+        le=MAX_PATIENCE_S,
+        description="how long a checkpoint that cannot be written or read is tried again",
     )
     seed: Seed = 0
 
@@ -327,6 +333,12 @@ class TrainConfig(Section):
                 f"global_batch_size must be a multiple of {NOISE_GROUP} and at least "
                 f"{NOISE_GROUP} x num_workers = {least}, got {self.global_batch_size}. Use "
                 f"{max(least, round(self.global_batch_size / NOISE_GROUP) * NOISE_GROUP)}."
+            )
+        share = self.global_batch_size // NOISE_GROUP // self.max_workers * NOISE_GROUP
+        if self.accumulation_steps > share:
+            raise ValueError(
+                f"accumulation_steps must be at most {share}, the smallest share of a batch that a "
+                f"worker has, got {self.accumulation_steps}. Lower it."
             )
         return self
 
@@ -402,6 +414,16 @@ class Config(Section):
             faults.append(
                 f"evaluate.num_samples must be at least 10 x features.width = {needed}, got "
                 f"{self.evaluate.num_samples}. Raise it or make the features narrower."
+            )
+        if self.train.validate_every is not None and not self.data.validation_fraction:
+            faults.append(
+                "data.validation_fraction must be above 0 with train.validate_every, got 0. Raise "
+                "it or leave out train.validate_every."
+            )
+        if self.train.horizontal_flip and self.data.is_sequence:
+            faults.append(
+                "train.horizontal_flip is for images, and data.sequence_shape makes sequences. "
+                "Leave it out."
             )
         if self.train.fid_every is not None:
             faults += self._faults_of_fid(needed)

@@ -16,6 +16,7 @@ kernel frees them when a process is killed.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import threading
@@ -32,6 +33,7 @@ from pipeline.storage import Storage, damaged
 DIRECTORY_VARIABLE = "RAYDIFFUSION_CACHE"
 RETRY_DELAYS_S = (1, 2, 4, 8, 16, 32)  # a storage that is away for a minute is waited for
 BUSY_DELAY_S = 0.1  # until the files that others are fetching are there
+BUSY_TOLD_EVERY = 300  # such delays
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ class ShardCache:
         path = self.path_of(file)
         with self._as_storage_error():
             self.directory.mkdir(parents=True, exist_ok=True)
-            while True:
+            for attempt in itertools.count(1):
                 if self._is_good(path, file.sha256):
                     self.touch([file])
                     return path
@@ -136,6 +138,13 @@ class ShardCache:
                     if not self._make_room(file, keep, staged):
                         if self._closed.is_set():
                             raise CacheFullError(file.path)
+                        if attempt % BUSY_TOLD_EVERY == 0:
+                            logger.warning(
+                                "%s waits for room in %s: what others fetch there, or files that "
+                                "are not of the cache, fill data.cache_bytes.",
+                                file.path,
+                                self.directory,
+                            )
                         self._pause(BUSY_DELAY_S)
                         continue
                     content = self._read(file)
@@ -145,6 +154,7 @@ class ShardCache:
                         path.with_suffix(".part").replace(path)
                     self._checked[file.sha256] = os.fstat(staged).st_ino
                     return path
+        raise AssertionError
 
     def num_bytes(self) -> int:
         """Of all files in the directory."""

@@ -36,6 +36,11 @@ class Stopwatch:
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
+    @property
+    def wall_s(self) -> float:
+        """Seconds since `take` was last called."""
+        return self._clock() - self._started
+
     def take(self) -> tuple[float, dict[Part, float]]:
         """The wall time since the last call and its parts, which starts them again."""
         now = self._clock()

@@ -113,20 +113,28 @@ class LocalStorage:
 
     def replace(self, path: str, content: bytes) -> None:
         with self._staged(path, content) as staged:
-            staged.replace(self._path(path))
+            try:
+                staged.replace(self._path(path))
+            except FileNotFoundError as error:
+                raise _refused("write", path, "what was written is gone") from error
 
     def read(self, path: str) -> bytes:
         with _as_storage_error("read", self._path(path)):
             return self._path(path).read_bytes()
 
     def exists(self, path: str) -> bool:
-        return self._path(path).exists()
+        with _as_storage_error("look for", self._path(path)):
+            try:
+                self._path(path).stat()
+            except FileNotFoundError:
+                return False
+        return True
 
     def list(self, directory: str) -> list[str]:
         with _as_storage_error("list", self._path(directory)):
             try:
                 names = os.listdir(self._path(directory))
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 return []
         return sorted(name for name in names if not name.startswith(_STAGED))
 

@@ -18,9 +18,10 @@ from datetime import timedelta
 from typing import Any
 
 from pipeline import trace
+from pipeline.checkpoint_writer import Patience
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
 from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
-from pipeline.errors import ERRORS, RaydiffusionError, StorageError, TrainingError
+from pipeline.errors import ERRORS, DataError, RaydiffusionError, StorageError, TrainingError
 from pipeline.fid_validation import Scorer, scores_beside
 from pipeline.fid_weights import WeightsHandover
 from pipeline.host import torch_threads
@@ -52,7 +53,7 @@ def train(context: StepContext) -> dict[str, Any]:
     }
     # At least one rank is on a node; where there are more, they look again themselves.
     data = dict(context.inputs["preprocess"])
-    _check_cache(context.config, context.storage, data, 1 / context.config.train.max_workers)
+    _check_cache(context.config, context.storage, data, 1, context.config.train.max_workers)
     world = torchrun_world()
     with scores_beside(context) as scorer, _tell_progress(context, scorer):
         settings["fid_directory"] = scorer and scorer.directory
@@ -81,7 +82,8 @@ def train(context: StepContext) -> dict[str, Any]:
         "images_per_s": last.get("images_per_s"),
         "resumed_from": last.get("resumed_from", num_steps),
         "seconds_to_first_step": last.get("seconds_to_first_step"),
-        "num_workers": context.config.train.num_workers,
+        "num_workers": checkpoint.environments[-1]["world_size"],
+        "environments": list(checkpoint.environments),
         "num_classes": num_classes,
         "num_parameters": sum(w.numel() for w in checkpoint.ema.values()),
     }
@@ -103,7 +105,8 @@ def train_in_process(
     num_classes = _num_classes(config, storage, data)
     world_size = ranks.get("world_size", 1)
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun and Ray Train set it
-    _check_cache(config, storage, data, min(on_node, world_size) / world_size)
+    _await_storage(storage, data, train.storage_patience_s)
+    _check_cache(config, storage, data, min(on_node, world_size), world_size)
     cache_bytes = config.data.cache_bytes
     items = open_split(storage, data, "train", whole=window is None, cache_bytes=cache_bytes)
     with contextlib.ExitStack() as stack:
@@ -114,6 +117,11 @@ def train_in_process(
                 storage, data, "validation", whole=False, cache_bytes=cache_bytes
             )
             stack.enter_context(contextlib.closing(validation))
+            if not len(validation):
+                raise DataError(
+                    "train.validate_every needs a validation split, and it has no items. Raise "
+                    "data.validation_fraction, or leave out train.validate_every."
+                )
         stack.enter_context(torch_threads(train.cpus_per_worker))
         return train_loop(
             train,
@@ -132,6 +140,19 @@ def _num_classes(config: Config, storage: Storage, data: Mapping[str, Any]) -> i
     if not config.model.class_conditional:
         return None
     return len(class_counts(read_dataset(storage, data), "train"))
+
+
+def _await_storage(storage: Storage, data: Mapping[str, Any], patience_s: float) -> None:
+    """Waits for a storage that is away, as the data set tells that was there a moment ago."""
+    path = f"steps/{data['step']}/{data['key']}/{data['artifacts']['dataset.json']['file']}"
+
+    def look() -> None:
+        if not storage.exists(path):
+            raise StorageError(
+                f"{storage.uri}/{path} is gone. See that the storage root is there, on every node."
+            )
+
+    Patience(patience_s).until_done(look, "The data set is not there")
 
 
 @contextlib.contextmanager
@@ -234,12 +255,23 @@ def _is_preempted() -> bool:
 
 
 def _check_cache(
-    config: Config, storage: Storage, data: dict[str, Any], share_of_node: float
+    config: Config, storage: Storage, data: dict[str, Any], on_node: int, world_size: int
 ) -> None:
-    """Refuses what the shard cache of a node with this share of the ranks cannot hold."""
+    """Refuses what the shard cache of a node with so many of the ranks cannot hold."""
     batch = config.train.global_batch_size
-    num_groups = round(batch // NOISE_GROUP * share_of_node)
+    num_groups = most_groups(batch // NOISE_GROUP, on_node, world_size)
     check_cache_fits(storage, data, config.data, global_batch_size=batch, num_groups=num_groups)
+
+
+def most_groups(num_groups: int, on_node: int, world_size: int) -> int:
+    """How many of a batch's groups a node with some of the ranks has at most.
+
+    Args:
+        num_groups: of the batch.
+        on_node: ranks of the node.
+        world_size: ranks in all, among which shares are as equal as can be.
+    """
+    return min(num_groups, on_node * -(-num_groups // world_size))
 
 
 def _fit(context: StepContext, settings: dict[str, Any]) -> None:
@@ -337,7 +369,7 @@ def _tell_progress(context: StepContext, scorer: Scorer | None) -> Iterator[None
     context.storage.delete(f"{context.series_directory}/progress.json")
 
     def watch() -> None:
-        told: tuple[int, int] | None = None
+        told: tuple[tuple[int, float], int] | None = None
         noted = 0
         ended = False
         while not ended:
@@ -345,16 +377,18 @@ def _tell_progress(context: StepContext, scorer: Scorer | None) -> Iterator[None
             document = _read_progress(context.storage, context.series_directory)
             if document is None:
                 continue
-            now = (document["resumed_from"], document["global_step"])
+            began = (document["resumed_from"], document["seconds_to_first_step"])
+            now = (began, document["global_step"])
             if now == told:
                 continue
-            if told is None or told[0] != now[0]:
+            if told is None or told[0] != began:  # another group of workers, with notes of its own
+                noted = 0
                 note = f"first step after {document['seconds_to_first_step']:.0f} s"
-                if now[0]:
-                    note += f", resumed from the checkpoint at step {now[0]:,}"
+                if began[0]:
+                    note += f", resumed from the checkpoint at step {began[0]:,}"
                 context.note(note)
                 if scorer is not None:
-                    scorer.begin(now[0])
+                    scorer.begin(began[0])
             if scorer is not None:
                 scorer.reach(now[1])
             for text in document["notes"][noted:]:

@@ -7,12 +7,19 @@
 import contextlib
 import json
 import logging
-import tempfile
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from tensorboardX.proto.event_pb2 import (  # pyright: ignore
+    Event,
+    SessionLog,
+)
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+from tensorboardX.record_writer import masked_crc32c
 from torch import nn
 
 from diffusion_core import UNet
@@ -23,7 +30,8 @@ from pipeline.settings import Config
 from pipeline.storage import LocalStorage, Storage
 
 PROGRESS_EVERY_S = 1.0
-UPLOAD_EVERY_S = 30.0  # of TensorBoard's file, where the storage is remote
+WRITE_EVERY_S = 5.0  # TensorBoard's file
+UPLOAD_EVERY_S = 30.0  # where the storage is remote
 NUM_SAMPLES, COLUMNS, TILE_PX = 64, 8, 64
 
 
@@ -54,7 +62,7 @@ class TrainingViews:
         is_last = row["global_step"] == self._config.train.num_steps
         self._board.add(row["global_step"], _scalars(row))
         if is_last:
-            self._board.close()
+            self._board.flush()
         if self._first_step_s is None:
             self._first_step_s = now - row["wall_s"] - self._started
         if now - self._told_at < PROGRESS_EVERY_S and not is_last:
@@ -92,7 +100,10 @@ class TrainingViews:
 
 
 class TensorBoard:
-    """A file of events that TensorBoard reads; what is added replaces events from a step on.
+    """A file of events that TensorBoard reads.
+
+    What cannot be written is kept until it can be: a storage that is away or full holds nobody up.
+    A local file grows, as TensorBoard expects of one that it has opened; a remote one is replaced.
 
     Args:
         storage: the root.
@@ -101,44 +112,53 @@ class TensorBoard:
     """
 
     def __init__(self, storage: Storage, directory: str, purge_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._storage, self._directory = storage, directory
-        self._is_remote = not isinstance(storage, LocalStorage)
-        if self._is_remote:
-            self._temporary = tempfile.TemporaryDirectory()
-            self._local = Path(self._temporary.name)
-        else:
-            self._local = Path(storage.uri, directory)
-        self._writer = SummaryWriter(str(self._local), purge_step=purge_step)
-        self._uploaded_at = time.time()
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self._storage, self._path = storage, f"{directory}/{name}"
+        self._is_local = isinstance(storage, LocalStorage)
+        self._content = bytearray()  # not written yet; of a remote file all of it
+        self._num_written, self._written_at = 0, 0.0
+        self._last_step = purge_step
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._purge(purge_step)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds numbers by tag."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        if self._is_remote and time.time() - self._uploaded_at > UPLOAD_EVERY_S:
+        """Adds numbers by tag, in place of those from this step on."""
+        if step < self._last_step:  # training went back
+            self._purge(step)
+        self._last_step = step
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        every_s = WRITE_EVERY_S if self._is_local else UPLOAD_EVERY_S
+        if time.time() - self._written_at > every_s:
             self.flush()
 
     def flush(self) -> None:
-        """Makes all that was added readable."""
-        self._writer.flush()
-        self._upload()
+        """Makes all that was added readable, unless the storage is away."""
+        self._written_at = time.time()
+        with contextlib.suppress(StorageError, OSError):
+            if self._is_local:
+                self._grow(Path(self._storage.uri, self._path))
+            else:
+                self._storage.replace(self._path, bytes(self._content))
 
-    def close(self) -> None:
-        """Writes what is left; nothing is added after it."""
-        self._writer.close()
-        self._upload()
-        if self._is_remote:
-            self._temporary.cleanup()
+    def _grow(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(self._num_written)  # half a record may be there, from a full disk
+            file.write(self._content)
+        self._num_written += len(self._content)
+        self._content.clear()
 
-    def _upload(self) -> None:
-        if not self._is_remote:
-            return
-        self._uploaded_at = time.time()
-        with contextlib.suppress(StorageError):
-            for path in self._local.iterdir():
-                self._storage.replace(f"{self._directory}/{path.name}", path.read_bytes())
+    def _purge(self, step: int) -> None:
+        start = SessionLog(status=SessionLog.START)
+        self._append(Event(wall_time=time.time(), step=step, session_log=start))
+
+    def _append(self, event: Event) -> None:
+        """As a record of TFRecord: length and content, each with its checksum."""
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        for part in (length, content):
+            self._content += part + struct.pack("<I", masked_crc32c(part))
 
 
 def _scalars(row: Row) -> dict[str, float]:
@@ -146,6 +166,7 @@ def _scalars(row: Row) -> dict[str, float]:
     scalars = {
         f"train/{name}": row[name]
         for name in ("loss", "grad_norm", "learning_rate", "images_per_s")
+        if row[name] is not None
     }
     for quarter, loss in enumerate(row["loss_by_noise"], 1):
         if loss is not None:

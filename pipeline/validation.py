@@ -40,7 +40,7 @@ def validation_loss(
     count = min(len(items), NUM_SAMPLES)
     num_groups = -(-count // NOISE_GROUP)
     device = next(model.parameters()).device
-    key = (seed, 0, 0)
+    key = (seed, -1, 0)  # a number that no batch has
     timesteps = draw_timesteps(key, count, diffusion.num_train_timesteps, "stratified")
     total = torch.zeros(1, dtype=torch.float64, device=device)
     for group in range(rank * num_groups // world_size, (rank + 1) * num_groups // world_size):

@@ -108,7 +108,7 @@ def make_png() -> Callable[..., bytes]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_data_set() -> Callable[..., dict[str, Any]]:
     """Writes splits into a storage root, as `preprocess` would; the manifest.
 
@@ -122,6 +122,7 @@ def write_data_set() -> Callable[..., dict[str, Any]]:
         labels: Sequence[int] | None = None,
         num_validation: int = 0,
         num_shards: int = 1,
+        key: str = "k",
     ) -> dict[str, Any]:
         files = []
         cut = len(items) - num_validation
@@ -132,7 +133,7 @@ def write_data_set() -> Callable[..., dict[str, Any]]:
             of_items = [None] * len(ids) if labels is None else [labels[k] for k in ids]
             content = write_arrow(items[ids], of_items, names)
             name = f"{split}-{number:05d}.arrow"
-            storage.create(f"d/{name}", content)
+            storage.create(f"d/{key}/{name}", content)
             facts = {"bytes": size_of_content(content), "sha256": hash_content(content)}
             files.append({"split": split, "file": name, "count": len(ids), **facts})
         document = {
@@ -143,12 +144,12 @@ def write_data_set() -> Callable[..., dict[str, Any]]:
             },
             "shape": list(items.shape[1:]),
             "dtype": str(items.dtype),
-            "shards": [{"input": "x", "directory": "d", "files": files}],
+            "shards": [{"input": "x", "directory": f"d/{key}", "files": files}],
         }
         text = json.dumps(document).encode()
-        storage.create("steps/preprocess/k/dataset.json", text)
+        storage.create(f"steps/preprocess/{key}/dataset.json", text)
         artifact = {"file": "dataset.json", "sha256": hashlib.sha256(text).hexdigest()}
-        return {"step": "preprocess", "key": "k", "artifacts": {"dataset.json": artifact}}
+        return {"step": "preprocess", "key": key, "artifacts": {"dataset.json": artifact}}
 
     return write
 

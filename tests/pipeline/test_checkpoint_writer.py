@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline.checkpoint_writer import CheckpointWriter, Patience
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.errors import StorageError
 from pipeline.storage import LocalStorage
@@ -33,7 +33,7 @@ def make_checkpoint(step: int, weight: torch.Tensor) -> Checkpoint:
 
 def test_what_is_written_is_the_state_when_it_was_given(tmp_path: Path) -> None:
     store = Stubborn(tmp_path)
-    writer = CheckpointWriter(store, 0)
+    writer = CheckpointWriter(store, Patience(0))
     weight = torch.ones(3)
     writer.write(make_checkpoint(1, weight))
     weight.zero_()
@@ -51,7 +51,7 @@ def test_a_storage_that_comes_back_costs_nothing_but_time(
 ) -> None:
     store, pauses = Stubborn(tmp_path, failures=5), []
     store.may_write.set()  # pyright: ignore[reportAttributeAccessIssue]
-    writer = CheckpointWriter(store, 120, pauses.append)
+    writer = CheckpointWriter(store, Patience(120, pauses.append, lambda: sum(pauses)))
     writer.write(make_checkpoint(1, torch.ones(3)))
     writer.wait()
     assert store.steps() == [1]
@@ -63,9 +63,22 @@ def test_a_storage_that_comes_back_costs_nothing_but_time(
 def test_a_storage_that_stays_away_is_an_error_at_the_next_checkpoint(tmp_path: Path) -> None:
     store, pauses = Stubborn(tmp_path, failures=1000), []
     store.may_write.set()  # pyright: ignore[reportAttributeAccessIssue]
-    writer = CheckpointWriter(store, 10, pauses.append)
+    writer = CheckpointWriter(store, Patience(10, pauses.append, lambda: sum(pauses)))
     writer.write(make_checkpoint(1, torch.ones(3)))
     with pytest.raises(StorageError, match="Cannot write"):
         writer.write(make_checkpoint(2, torch.ones(3)))
     assert pauses == [1, 2, 4, 3]
     writer.close()
+
+
+def test_the_time_that_attempts_take_counts(tmp_path: Path) -> None:
+    seconds = iter(range(0, 1000, 30))  # an end point that answers after half a minute, or never
+    pauses: list[float] = []
+    patience = Patience(100, pauses.append, lambda: next(seconds))
+
+    def fail() -> None:
+        raise StorageError("Cannot write. Wait.")
+
+    with pytest.raises(StorageError):
+        patience.until_done(fail, "It is not written")
+    assert pauses == [1, 2, 4]

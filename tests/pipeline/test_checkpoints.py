@@ -1,4 +1,6 @@
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,24 +54,64 @@ def test_takes_none_beyond_the_end(store: CheckpointStore) -> None:
     assert store.load_latest(max_step=9) is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt"])
+FILES = ("model", "ema", "optimizer", "metrics", "manifest")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2] + b"\xff" + content[len(content) // 2 + 1 :],
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace(b"1", b"2"),
+    ],
+    ids=["one byte", "cut short", "other digits"],
+)
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_one_is_skipped_with_a_warning(
-    store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    store: CheckpointStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    damage: Callable[[bytes], bytes],
 ) -> None:
     store.save(make_checkpoint(10))
-    store.save(make_checkpoint(20))
-    stem, _, suffix = name.partition(".")
-    (path,) = (tmp_path / "t" / "checkpoints" / "000000020").glob(f"{stem}-*.{suffix}")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    store.save(make_checkpoint(21))
+    (path,) = (tmp_path / "t" / "checkpoints" / "000000021").glob(f"{name}*")
+    content = path.read_bytes()
+    if damage(content) == content:
+        return  # there is no such digit in it
+    path.write_bytes(damage(content))
     with caplog.at_level(logging.WARNING):
-        latest = store.load_latest(max_step=20)
+        latest = store.load_latest(max_step=21)
     assert latest is not None
     assert latest.global_step == 10
-    assert "checkpoint at step 20 in t is damaged" in caplog.text
-    store.save(make_checkpoint(20))
-    assert store.load(20) is not None
+    assert "checkpoint at step 21 in t is damaged" in caplog.text
+    assert store.best_step() is None  # and looking for it harms nothing
+    store.save(make_checkpoint(21))
+    assert store.load(21) is not None
+
+
+@pytest.mark.parametrize("key", ["files", "global_step", "environments", "sha256"])
+def test_a_manifest_that_lacks_something_is_damaged(
+    store: CheckpointStore, tmp_path: Path, key: str
+) -> None:
+    store.save(make_checkpoint(10))
+    path = tmp_path / "t" / "checkpoints" / "000000010" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    assert store.load(10) is None
+
+
+def test_what_a_kill_left_half_deleted_goes(store: CheckpointStore, tmp_path: Path) -> None:
+    for step in (10, 20):
+        store.save(make_checkpoint(step))
+    (tmp_path / "t" / "checkpoints" / "000000010" / "manifest.json").unlink()
+    store.save(make_checkpoint(30))
+    assert sorted(path.name for path in (tmp_path / "t" / "checkpoints").iterdir()) == [
+        "000000020",
+        "000000030",
+    ]
 
 
 def test_half_a_checkpoint_is_none(store: CheckpointStore, tmp_path: Path) -> None:

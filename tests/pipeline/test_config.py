@@ -97,6 +97,13 @@ def test_set_overrides(
         ("data.test_fraction=0.97", "must leave images to train on"),
         ("evaluate.num_samples=100", "at least 10 x features.width = 160, got 100"),
         ("train={fid_every=1, fid_samples=9}", "train.fid_samples must be at least 10 x features."),
+        (
+            "train={validate_every=1}\ndata.validation_fraction=0",
+            "data.validation_fraction must be above 0 with train.validate_every, got 0",
+        ),
+        ("train.accumulation_steps=65", "must be at most 64, the smallest share of a batch that"),
+        ("train={accumulation_steps=17, num_workers=[1, 3]}", "must be at most 16, the smallest"),
+        ("train.storage_patience_s=600", "storage_patience_s should be less than or equal to 480"),
         ("evaluate.num_steps=2000", "must not exceed diffusion.num_train_timesteps = 1000"),
         ("train.ema_decay=1.0", "train.ema_decay should be less than 1, got 1.0"),
         ("model.dim_mults=[1,2]", "one kind for each of the 2 levels"),
@@ -119,7 +126,7 @@ def test_set_overrides(
 )
 def test_what_cannot_be_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(write(tmp_path, MINIMAL), [override])
+        load_config(write(tmp_path, MINIMAL), override.splitlines())
 
 
 def test_workers_are_a_number_or_from_min_to_max(tmp_path: Path) -> None:
@@ -150,6 +157,12 @@ def test_settings_of_images_are_refused_with_sequences(tmp_path: Path, value: st
     name = value.split()[0]
     with pytest.raises(ConfigError, match=f"data: {name} cannot be honoured for sequences"):
         load_config(write(tmp_path, sequences))
+
+
+def test_sequences_are_not_mirrored(tmp_path: Path) -> None:
+    sequences = MINIMAL.replace("resolution = 32", "sequence_shape = [2, 64]")
+    with pytest.raises(ConfigError, match=r"train\.horizontal_flip is for images"):
+        load_config(write(tmp_path, sequences), ["train.horizontal_flip=true"])
 
 
 def test_labels_to_include_are_numbers_names_or_none(tmp_path: Path) -> None:

@@ -82,15 +82,16 @@ def test_twenty_kills_leave_no_trace(
     config = load_config(tiny_config, settings)
     assert run((config, str(tmp_path), data, "whole"), None)[1] == NUM_STEPS
     rng = np.random.default_rng(1)
-    reached, kills = 0, 0
+    reached, kills, first = 0, 0, 0
     while kills < NUM_KILLS:
         left = NUM_STEPS - reached
         kill_at = reached + int(rng.integers(1, max(2, 2 * left // (NUM_KILLS - kills + 1))))
+        before = first
         first, last = run((config, str(tmp_path), data, "killed"), kill_at)
-        assert first <= last <= NUM_STEPS, "it made no step"
+        assert before <= first <= last <= NUM_STEPS, "it made no step, or began anew"
         assert last < NUM_STEPS, "it was done before it was killed"
         reached, kills = max(reached, (last // 7) * 7), kills + 1
-    run((config, str(tmp_path), data, "killed"), None)
+    assert run((config, str(tmp_path), data, "killed"), None)[0] > NUM_STEPS // 2
     whole, killed = (
         CheckpointStore(LocalStorage(str(tmp_path)), name).load(NUM_STEPS)
         for name in ("whole", "killed")

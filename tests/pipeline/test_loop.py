@@ -1,25 +1,25 @@
-"""The loop without Ray: two gloo ranks against one process, resuming, and a moving EMA."""
+"""The loop in one process: resuming, what is not finite, rows of metrics, precision."""
 
 import json
-import multiprocessing
-import socket
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipeline.batches import Batch, BatchMaker
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
 from pipeline.errors import TrainingError
+from pipeline.learner import learning_rate
 from pipeline.loop import Hooks
-from pipeline.settings import Config
+from pipeline.settings import Config, TrainConfig
 from pipeline.storage import LocalStorage
-from pipeline.train import process_group, train_in_process
+from pipeline.train import train_in_process
 
 STEPS = 24
 
@@ -50,54 +50,15 @@ def store_of(tmp_path: Path, name: str) -> CheckpointStore:
     return CheckpointStore(LocalStorage(str(tmp_path)), name)
 
 
-def run_ranks(
-    world_size: int,
-    tmp_path: Path,
-    data: dict[str, Any],
-    jobs: list[tuple[str, Config]],
-    poison: tuple[int, int] | None = None,
-) -> None:
-    """Trains one job after another with so many gloo ranks; `poison` is a rank and a batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    arguments = (world_size, str(tmp_path), json.dumps(data), jobs, port, poison)
-    ranks = [context.Process(target=run_rank, args=(r, *arguments)) for r in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-    assert [process.exitcode for process in ranks] == [0] * world_size
-
-
-def run_rank(
-    rank: int,
-    world_size: int,
-    root: str,
-    data: str,
-    jobs: list[tuple[str, Config]],
-    port: int,
-    poison: tuple[int, int] | None,
-) -> None:
-    if poison is not None and poison[0] == rank:
-        BatchMaker.make = poisoned(BatchMaker.make, {poison[1]})
-    address = f"tcp://127.0.0.1:{port}"
-    with process_group(init_method=address, rank=rank, world_size=world_size):
-        for name, config in jobs:
-            train_in_process(
-                config, LocalStorage(root), name, json.loads(data), rank=rank, world_size=world_size
-            )
-            dist.barrier()
-
-
-def poisoned(make: Callable[..., Batch], numbers: set[int]) -> Callable[..., Batch]:
-    """Batches as they are, but for these numbers noise that is not finite."""
+def poisoned(
+    make: Callable[..., Batch], numbers: set[int], value: float = torch.inf
+) -> Callable[..., Batch]:
+    """Batches as they are, but for these numbers the first noise is this value."""
 
     def make_poisoned(self: BatchMaker, number: int, num_rewinds: int) -> Batch:
         batch = make(self, number, num_rewinds)
         if number in numbers:
-            batch.noise[0] = torch.inf
+            batch.noise[0] = value
         return batch
 
     return make_poisoned
@@ -127,8 +88,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     config: Config, tmp_path: Path, data: dict[str, Any]
 ) -> None:
     whole = load(train(config, tmp_path, data, "whole"))
-    stopped = config.model_copy(update={"train": config.train.model_copy(update={"num_steps": 16})})
-    train(stopped, tmp_path, data, "parts")
+    train(settings_of(config, num_steps=16), tmp_path, data, "parts")
     parts = load(train(config, tmp_path, data, "parts"))
     for kind in ("model", "ema"):
         ours, theirs = getattr(parts, kind), getattr(whole, kind)
@@ -159,67 +119,35 @@ def assert_same_to_the_bit(ours: Checkpoint, theirs: Checkpoint) -> None:
     assert learned(list(ours.history)) == learned(list(theirs.history))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [],
-        [
-            "diffusion.self_condition=true",
-            "diffusion.learned_variance=true",
-            "diffusion.offset_noise=0.1",
-            "train.timestep_draw=stratified",
-            "train.horizontal_flip=true",
-            "model.class_conditional=true",
-            "model.norm=rms",
-            "model.memory_kv=2",
-            'model.attention=["linear", "full"]',
-        ],
-    ],
-)
-def test_ranks_and_parts_see_the_same_and_resume_to_the_bit(
-    settings: list[str], tiny_config: Path, tmp_path: Path, data: dict[str, Any]
-) -> None:
-    """Three ranks, for with two the order of a sum cannot show; shares of 2, 1 and 1 groups."""
-    steps = ["train.num_steps=12", "train.checkpoint_every=4", "train.global_batch_size=64"]
-    config = load_config(tiny_config, [*steps, *settings])
-    one = load(train(config, tmp_path, data, "one"), 12)
-    parts = load(train(settings_of(config, accumulation_steps=3), tmp_path, data, "parts"), 12)
-    jobs = [("three", config), ("stopped", settings_of(config, num_steps=8)), ("stopped", config)]
-    run_ranks(3, tmp_path, data, jobs)
-    three, stopped = (load(store_of(tmp_path, name), 12) for name in ("three", "stopped"))
-    assert_same_to_the_bit(stopped, three)
-    for other in (three, parts):
-        for name in one.ema:
-            assert torch.allclose(one.ema[name], other.ema[name], atol=1e-5), name
-        for ours, theirs in zip(other.history, one.history, strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    resumed = load(train(config, tmp_path, data, "stopped"), 12)  # it was done
-    assert_same_to_the_bit(resumed, three)
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(
+def test_another_number_of_threads_is_said_and_recorded(
     config: Config, tmp_path: Path, data: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})})
-    run_ranks(2, tmp_path, data, [("moved", settings_of(config, num_steps=16))])
-    moved = load(train(config, tmp_path, data, "moved"))
-    alone = load(train(config, tmp_path, data, "alone"))
-    for name in alone.ema:
-        assert torch.allclose(moved.ema[name], alone.ema[name], atol=1e-5), name
-    assert "Training continues with world_size = 1, and began with 2" in caplog.text
+    train(settings_of(config, num_steps=16), tmp_path, data, "x")
+    two = settings_of(config, cpus_per_worker=2)
+    done = load(train(two, tmp_path, data, "x"))
+    assert "with threads = 2, and the checkpoint was made with 1: the last bits" in caplog.text
+    assert [(e["since_step"], e["threads"]) for e in done.environments] == [(0, 1), (16, 2)]
+    caplog.clear()
+    (tmp_path / "x" / "checkpoints" / "000000024" / "manifest.json").unlink()
+    again = load(train(two, tmp_path, data, "x"))
+    assert "was made with 1" in caplog.text  # the one that is left is of step 16
+    assert again.environments == done.environments
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_batch_without_a_finite_loss_is_skipped(
     config: Config,
     tmp_path: Path,
     data: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    precision: str,
 ) -> None:
+    config = settings_of(config, precision=precision)
     monkeypatch.setattr(BatchMaker, "make", poisoned(BatchMaker.make, {13}))
     done = load(train(config, tmp_path, data, "done"))
     assert (done.skipped, done.num_rewinds) == ((13,), 1)
-    assert "not finite at step 14 (rank 0, last finite loss" in caplog.text
+    assert re.search(r"not finite at step 14 \(rank 0, last finite loss [\d.]+\)", caplog.text)
     assert "went back to step 8 and skips that batch" in caplog.text
     assert [row["global_step"] for row in done.history] == [8, 16, 20, 24]
     assert all(torch.isfinite(weight).all() for weight in done.ema.values())
@@ -233,7 +161,7 @@ def test_too_many_rewinds_end_the_training(
 ) -> None:
     make = BatchMaker.make
     monkeypatch.setattr(BatchMaker, "make", poisoned(make, set(range(3, 100))))
-    message = r"not finite at step 4 \(rank 0, last finite loss none\), after 2 rewinds. Lower"
+    message = r"not finite at step 4 \(rank 0, last finite loss [\d.]+\), after 2 rewinds. Lower"
     with pytest.raises(TrainingError, match=message):
         train(config, tmp_path, data, "x")
     monkeypatch.setattr(BatchMaker, "make", poisoned(make, {9}))
@@ -241,11 +169,53 @@ def test_too_many_rewinds_end_the_training(
     assert done.skipped == (9,)
 
 
-def test_ranks_agree_on_what_is_not_finite(
+def test_what_the_loss_scale_skips_moves_nothing_and_is_in_no_row(
+    config: Config, tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"num_steps": 1, "checkpoint_every": 1, "log_every": 1}
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    store = train(settings_of(config, precision="fp16", **steps), tmp_path, data, "x")
+    (row,) = load(store, 1).history
+    assert row["grad_norm"] is None
+    assert "Infinity" not in (tmp_path / "x" / "metrics.jsonl").read_text()
+    assert equal(load(store, 1).ema, load(store, 1).model)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", [0.01, 0.05, 0.1, 0.1, 0.1]),
+        # half of 1 + cos(pi step / 40)
+        ("cosine", [0.01, 0.05 * 0.975528, 0.1 * 0.880203, 0.1 * 0.5, 0.1 * 0.00154]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(decay: Any, expected: list[float]) -> None:
+    config = TrainConfig(
+        learning_rate=0.1, warmup_steps=10, num_steps=40, learning_rate_decay=decay
+    )
+    rates = [learning_rate(config, step) for step in (0, 4, 9, 20, 39)]
+    assert rates == pytest.approx(expected, rel=1e-2)
+
+
+def test_gradients_are_clipped_and_shown_as_they_were(
     config: Config, tmp_path: Path, data: dict[str, Any]
 ) -> None:
-    run_ranks(2, tmp_path, data, [("x", config)], poison=(1, 13))
-    assert load(store_of(tmp_path, "x")).skipped == (13,)
+    # AdamW does not see the scale of gradients until they are as small as its epsilon.
+    ways = {"large": 1e9, "tiny": 1e-9}
+    one = {"num_steps": 1, "checkpoint_every": 1}
+    done = {
+        name: load(train(settings_of(config, max_grad_norm=norm, **one), tmp_path, data, name), 1)
+        for name, norm in ways.items()
+    }
+    norms = {name: saved.history[0]["grad_norm"] for name, saved in done.items()}
+    assert norms["tiny"] == norms["large"] > 1e-3
+    moments = {
+        name: sum(float(s["exp_avg"].square().sum()) for s in state.values()) ** 0.5 / 0.1
+        for name, saved in done.items()
+        for state in [saved.optimizer["optimizer"]["state"]]
+    }
+    assert moments["large"] == pytest.approx(norms["large"], rel=1e-4)
+    assert moments["tiny"] == pytest.approx(1e-9, rel=1e-2)
 
 
 def test_metrics_are_cut_at_the_checkpoint_that_counts(
@@ -268,15 +238,6 @@ def test_metrics_are_cut_at_the_checkpoint_that_counts(
     assert seen[0] == (20, [8, 16])
 
 
-def test_the_parts_of_the_time_add_up(config: Config, tmp_path: Path, data: dict[str, Any]) -> None:
-    run_ranks(2, tmp_path, data, [("two", settings_of(config, validate_every=8))])
-    rows = load(store_of(tmp_path, "two")).history
-    for row in rows:
-        assert sum(row["seconds"].values()) == pytest.approx(row["wall_s"], rel=0.02)
-    assert all(row["seconds"]["sync"] > 0 for row in rows)
-    assert all(row["seconds"]["compute"] > row["seconds"]["data"] > 0 for row in rows)
-
-
 def test_rows_tell_the_loss_by_noise_and_on_validation(
     config: Config, tmp_path: Path, data: dict[str, Any]
 ) -> None:
@@ -297,14 +258,13 @@ def test_rows_tell_the_loss_by_noise_and_on_validation(
 def test_samples_and_scores_are_due_between_rows_too(
     config: Config, tmp_path: Path, data: dict[str, Any]
 ) -> None:
-    due = config.train.model_copy(update={"sample_every": 9, "fid_every": 5})
     told: dict[str, list[int]] = {"samples": [], "fid": []}
     hooks = Hooks(
         on_samples=lambda step, model: told["samples"].append(step),
         on_fid=lambda step, model: told["fid"].append(step),
     )
     plain = load(train(config, tmp_path, data, "plain"))
-    watched = config.model_copy(update={"train": due})
+    watched = settings_of(config, sample_every=9, fid_every=5)
     after = load(train(watched, tmp_path, data, "x", hooks=hooks))
     assert told == {"samples": [9, 18], "fid": [5, 10, 15, 20]}
     assert all(torch.equal(after.ema[name], plain.ema[name]) for name in plain.ema)
@@ -323,8 +283,7 @@ def test_half_precision_trains_and_is_told_apart(
 
 
 def test_it_learns_and_the_ema_moves(config: Config, tmp_path: Path, data: dict[str, Any]) -> None:
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"num_steps": 100})})
-    checkpoint = load(train(longer, tmp_path, data, "x"), 100)
+    checkpoint = load(train(settings_of(config, num_steps=100), tmp_path, data, "x"), 100)
     losses = [entry["loss"] for entry in checkpoint.history]
     assert losses[-1] < 0.9 * losses[0]
     start = load(train(config, tmp_path, data, "start"))
@@ -346,7 +305,7 @@ def test_what_cannot_be_compiled_is_trained_without_and_said(
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
-    wants = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    wants = settings_of(config, compile=True)
     plain = load(train(config, tmp_path, data, "plain"))
     assert caplog.records == []
     without = load(train(wants, tmp_path, data, "without"))
@@ -369,7 +328,7 @@ def test_what_is_compiled_is_what_trains(
         return lambda *args, **more: calls.append(1) or module(*args, **more)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    wants = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    wants = settings_of(config, compile=True)
     train(wants, tmp_path, data, "compiled")
     assert len(calls) == STEPS + 1  # one to warm up
     assert caplog.records == []

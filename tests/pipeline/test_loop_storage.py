@@ -1,16 +1,18 @@
 """The loop while its storage is away, full, or about to be: what is lost, and what is said."""
 
+import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import loop
-from pipeline.checkpoint_writer import CheckpointWriter
+from pipeline import loop, training_views
+from pipeline import train as pipeline_train
+from pipeline.batches import BatchMaker
+from pipeline.checkpoint_writer import Patience
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
 from pipeline.errors import StorageError
@@ -18,8 +20,10 @@ from pipeline.loop import Hooks
 from pipeline.settings import Config
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
+from pipeline.training_views import TrainingViews
 
-from .test_loop import assert_same_to_the_bit, settings_of
+from .test_loop import assert_same_to_the_bit, equal, poisoned, settings_of
+from .test_training_views import read_events
 
 STEPS = 24
 
@@ -68,6 +72,9 @@ class Outage:
             self.root.rename(self.away)
             self.root.touch()  # what reads or writes below it fails
 
+    def patience(self, seconds: float) -> Patience:
+        return Patience(seconds, self.sleep, lambda: sum(self.pauses))
+
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         if self.away.exists() and sum(self.pauses) >= self.seconds:
@@ -84,12 +91,10 @@ def test_storage_that_is_away_for_a_minute_costs_nothing(
     whole = load(train("whole"))
     # Before the first checkpoint, so that no write is under way when the root goes.
     outage = Outage(tmp_path / "root", at_step=4, seconds=60)
-    monkeypatch.setattr(loop, "CheckpointWriter", partial(CheckpointWriter, sleep=outage.sleep))
+    monkeypatch.setattr(loop, "Patience", outage.patience)
     store = train("away", Hooks(on_row=outage.on_row))
     assert outage.pauses == [1, 2, 4, 8, 15, 15, 15]
-    assert "The checkpoint at step 8 is not written yet, next try in 15 s: Cannot write" in (
-        caplog.text
-    )
+    assert "The checkpoint at step 8 is not written yet, next try in 15 s: Cannot" in caplog.text
     assert store.steps() == [16, 24]
     assert_same_to_the_bit(load(store), whole)
 
@@ -100,8 +105,8 @@ def test_storage_that_stays_away_is_an_error_and_what_is_there_goes_on(
     whole = load(train("whole"))
     train("x", num_steps=8)
     outage = Outage(tmp_path / "root", at_step=12, seconds=1000)
-    monkeypatch.setattr(loop, "CheckpointWriter", partial(CheckpointWriter, sleep=outage.sleep))
-    with pytest.raises(StorageError, match=r"Cannot write .*Check the path"):
+    monkeypatch.setattr(loop, "Patience", outage.patience)
+    with pytest.raises(StorageError, match=r"Cannot .*Check the path"):
         train("x", Hooks(on_row=outage.on_row), storage_patience_s=60)
     assert sum(outage.pauses) == 60
     outage.seconds = 0
@@ -141,16 +146,116 @@ def test_a_notice_that_the_node_goes_makes_a_checkpoint_at_once(
     asked: list[bool] = []
 
     def wants_checkpoint() -> bool:
-        asked.append(len(asked) == 2)  # before the third row, of step 12
+        asked.append(len(asked) >= 2)  # from the third step on, in the middle of a row
         return asked[-1]
 
     def stop(row: dict[str, Any], first_step: int) -> None:
-        if row["global_step"] == 12:
+        if row["global_step"] == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train("x", Hooks(on_row=stop, wants_checkpoint=wants_checkpoint))
     first_steps: list[int] = []
     store = train("x", Hooks(on_row=lambda row, first_step: first_steps.append(first_step)))
-    assert set(first_steps) == {12}
+    assert set(first_steps) == {3}
+    done = load(store)
+    assert [row["global_step"] for row in done.history] == [3, 4, 8, 12, 16, 20, 24]
+    assert equal(done.model, whole.model)
+    assert equal(done.optimizer, whole.optimizer)
+
+
+def test_one_notice_makes_one_checkpoint(
+    train: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = CheckpointStore.save
+    monkeypatch.setattr(
+        CheckpointStore, "save", lambda self, c: saved.append(c.global_step) or save(self, c)
+    )
+    steps: list[int] = []
+    train(
+        "x",
+        Hooks(
+            on_row=lambda row, first_step: steps.append(row["global_step"]),
+            wants_checkpoint=lambda: True,
+        ),
+    )
+    assert saved == [1, 8, 16, 24]
+
+
+@pytest.mark.parametrize("trouble", ["away", "full"])
+def test_what_is_for_the_eye_holds_nobody_up(
+    train: Callable[..., CheckpointStore],
+    config: Config,
+    tmp_path: Path,
+    small_disk: Callable[[Path, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
+) -> None:
+    """Rows, pictures and TensorBoard's events while nothing can be written for a while."""
+    root = tmp_path / "root"
+    monkeypatch.setattr(training_views, "WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr(training_views, "PROGRESS_EVERY_S", 0.0)
+    shown = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"num_steps": 2})}
+    )
+    views = TrainingViews(shown, LocalStorage(str(root)), "x", 0.0)
+    outage = Outage(root, at_step=4, seconds=3)
+    monkeypatch.setattr(loop, "Patience", outage.patience)
+    directory = root / "x"
+    if trouble == "full":
+        directory.mkdir()
+        small_disk(directory, 64 << 20)
+
+    def on_row(row: dict[str, Any], first_step: int) -> None:
+        views.on_row(row, first_step)
+        if trouble == "away":
+            outage.on_row(row, first_step)
+        elif row["global_step"] in (4, 16):
+            usage = os.statvfs(directory)
+            used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+            room = (64 << 20) if row["global_step"] == 16 else used + usage.f_frsize
+            small_disk(directory, room)
+
+    hooks = Hooks(on_row=on_row, on_samples=views.on_samples)
+    # On the full disk there is room again before the first checkpoint.
+    store = train("x", hooks, sample_every=6, checkpoint_every=8 if trouble == "away" else 24)
+    assert load(store).global_step == STEPS
+    (events,) = (directory / "tensorboard").iterdir()
+    losses = [step for tag, step, _ in read_events(events.read_bytes()) if tag == "train/loss"]
+    assert losses == [4, 8, 12, 16, 20, 24]
+    assert json.loads((directory / "progress.json").read_text())["global_step"] == STEPS
+
+
+def test_workers_that_start_while_the_storage_is_away_wait_for_it(
+    train: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load(train("whole"))
+    train("x", num_steps=16)
+    outage = Outage(tmp_path / "root", at_step=0, seconds=60)
+    outage.on_row({"global_step": 0}, 0)
+    for module in (loop, pipeline_train):
+        monkeypatch.setattr(module, "Patience", outage.patience)
+    first_steps: list[int] = []
+    store = train("x", Hooks(on_row=lambda row, first_step: first_steps.append(first_step)))
+    assert set(first_steps) == {16}
     assert_same_to_the_bit(load(store), whole)
+
+
+def test_a_batch_that_fails_while_the_storage_is_away_goes_back_to_the_checkpoint(
+    train: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchMaker, "make", poisoned(BatchMaker.make, {13}))
+    whole = load(train("whole"))
+    outage = Outage(tmp_path / "root", at_step=12, seconds=30)
+    monkeypatch.setattr(loop, "Patience", outage.patience)
+    rows: list[int] = []
+
+    def on_row(row: dict[str, Any], first_step: int) -> None:
+        rows.append(row["global_step"])
+        if rows.count(12) == 1:
+            outage.on_row(row, first_step)
+
+    done = load(train("x", Hooks(on_row=on_row)))
+    assert rows == [4, 8, 12, 12, 16, 20, 24]  # not from the beginning
+    assert_same_to_the_bit(done, whole)

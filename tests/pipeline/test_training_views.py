@@ -1,31 +1,43 @@
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
 
+from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.loop import Hooks
+from pipeline.models import make_unet
 from pipeline.storage import LocalStorage, Storage, open_storage
 from pipeline.train import train_in_process
-from pipeline.training_views import TrainingViews
+from pipeline.training_views import TensorBoard, TrainingViews
 
 
 def read_events(content: bytes) -> list[tuple[str, int, float]]:
     """Tag, step and value of all scalars in a file of TensorBoard."""
-    found, place = [], 0
+    events = iter_events(content)
+    return [(v.tag, event.step, v.simple_value) for event in events for v in event.summary.value]
+
+
+def iter_events(content: bytes) -> Iterator[Any]:
+    """The events of a file, whose checksums are right."""
+    place = 0
     while place < len(content):
         size = int.from_bytes(content[place : place + 8], "little")
-        event = Event.FromString(content[place + 12 : place + 12 + size])
-        found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        body = content[place + 12 : place + 12 + size]
+        for part, at in ((content[place : place + 8], 8), (body, 12 + size)):
+            checksum = content[place + at : place + at + 4]
+            assert int.from_bytes(checksum, "little") == masked_crc32c(part)
+        yield Event.FromString(body)
         place += 16 + size
-    return found
 
 
 def run(
@@ -34,6 +46,12 @@ def run(
     views = TrainingViews(config, storage, "t", started)
     hooks = Hooks(on_row=views.on_row, on_samples=views.on_samples)
     return train_in_process(config, storage, "t", data, hooks=hooks)
+
+
+def load_ema(storage: Storage, step: int) -> Mapping[str, torch.Tensor]:
+    checkpoint = CheckpointStore(storage, "t").load(step)
+    assert checkpoint is not None
+    return checkpoint.ema
 
 
 def test_rows_and_samples_are_to_be_seen(
@@ -59,6 +77,12 @@ def test_rows_and_samples_are_to_be_seen(
     first, second = ((tmp_path / "t" / "samples" / name).read_bytes() for name in names)
     assert Image.open(io.BytesIO(first)).size == (8 * 68 - 4, 8 * 68 - 4)
     assert first != second
+    run(config, storage, data)  # it was done
+    views = TrainingViews(config, storage, "again", 0.0)
+    model = make_unet(config, 0)
+    model.load_state_dict(dict(load_ema(storage, 8)))
+    views.on_samples(8, model)
+    assert (tmp_path / "again" / "samples" / names[1]).read_bytes() == second
 
 
 def test_samples_of_sequences_are_curves_and_of_classes_columns(
@@ -92,3 +116,17 @@ def test_the_file_of_events_goes_to_remote_storage_too(
     tags = {tag: value for tag, _, value in read_events(storage.read(f"t/tensorboard/{name}"))}
     assert tags["validation/loss"] == 0.25
     assert json.loads(storage.read("t/progress.json"))["notes"] == ["it went back"]
+
+
+def test_events_that_training_comes_by_again_replace_those_before(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    board = TensorBoard(LocalStorage(str(tmp_path)), "t", 1)
+    for step in (2, 4, 6, 4, 6):
+        board.add(step, {"loss": 1.0})
+    board.flush()
+    (path,) = (tmp_path / "t").iterdir()
+    events = list(iter_events(path.read_bytes()))
+    starts = [event.step for event in events if event.HasField("session_log")]
+    assert starts == [1, 4]
+    assert [event.step for event in events if event.HasField("summary")] == [2, 4, 6, 4, 6]

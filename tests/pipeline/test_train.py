@@ -1,0 +1,100 @@
+"""What the driver tells of a training, and how much of a batch a node has."""
+
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import train as pipeline_train
+from pipeline.batches import BatchMaker
+from pipeline.config import load_config
+from pipeline.errors import StorageError
+from pipeline.runs import RunRecord
+from pipeline.steps import make_steps
+from pipeline.storage import LocalStorage
+from pipeline.train import _tell_progress, most_groups
+from pipeline.workflow import Event, StepContext, plan
+
+
+@pytest.mark.parametrize("num_groups", [3, 4, 5, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_node_has_at_most_so_many_groups(num_groups: int, world_size: int) -> None:
+    class Config:
+        global_batch_size = num_groups * 16
+
+    shares = [
+        len(BatchMaker(Config(), None, None, None, rank, world_size).groups)  # pyright: ignore
+        for rank in range(world_size)
+    ]
+    for on_node in range(1, world_size + 1):
+        most = max(sum(shares[k : k + on_node]) for k in range(world_size - on_node + 1))
+        assert most <= most_groups(num_groups, on_node, world_size) <= num_groups
+
+
+class Told:
+    """A driver whose storage can be told to fail."""
+
+    def __init__(self, root: Path, config_path: Path) -> None:
+        self.storage = LocalStorage(str(root))
+        config = load_config(config_path)
+        planned = {p.step.name: p for p in plan(make_steps(config, []), self.storage)}
+        self.record = RunRecord(self.storage, "r", config, list(planned.values()))
+        self.told: queue.Queue[str] = queue.Queue()
+        self.context = StepContext(config, self.storage, planned["train"], {}, self.observe)
+
+    def observe(self, event: Event) -> None:
+        self.record.observe(event)
+        if event.kind == "note":
+            self.told.put(event.fields["text"])
+
+    def write(self, step: int, began: float, notes: list[str], resumed_from: int = 0) -> None:
+        document = {
+            "global_step": step, "num_steps": 9, "resumed_from": resumed_from, "loss": 1.0,
+            "seconds_to_first_step": began, "seconds_left": 1.0, "images_per_s": 1.0,
+            "notes": notes,
+        }  # fmt: skip
+        path = f"{self.context.series_directory}/progress.json"
+        self.storage.replace(path, json.dumps(document).encode())
+
+
+@pytest.fixture
+def told(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
+    monkeypatch.setattr(pipeline_train, "PROGRESS_EVERY_S", 0.001)
+    return Told(tmp_path / "root", tiny_config)
+
+
+def test_each_group_of_workers_has_its_own_notes(told: Told) -> None:
+    with _tell_progress(told.context, None):
+        told.write(1, 2.0, ["storage is away"] * 3)
+        seen = [told.told.get(timeout=10) for _ in range(4)]
+        told.write(1, 5.0, ["the checkpoint is damaged"], resumed_from=0)
+        seen += [told.told.get(timeout=10) for _ in range(2)]
+    assert seen == [
+        "first step after 2 s",
+        *["storage is away"] * 3,
+        "first step after 5 s",
+        "the checkpoint is damaged",
+    ]
+
+
+def test_a_note_that_cannot_be_recorded_ends_nothing(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = LocalStorage.replace
+    is_away = True
+
+    def refuse(self: LocalStorage, path: str, content: Any) -> None:
+        if is_away and path.startswith("runs/"):
+            raise StorageError("Cannot write. Wait.")
+        replace(self, path, content)
+
+    monkeypatch.setattr(LocalStorage, "replace", refuse)
+    told.context.note("no FID for now")
+    with pytest.raises(StorageError):
+        told.observe(Event("started", "train"))
+    is_away = False
+    told.observe(Event("started", "train"))
+    events = told.storage.read("runs/r/events.jsonl").decode()
+    assert "no FID for now" in events
