@@ -14,10 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tensorboardX.proto.event_pb2 import (  # pyright: ignore
-    Event,
-    SessionLog,
-)
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 from tensorboardX.record_writer import masked_crc32c
 from torch import nn

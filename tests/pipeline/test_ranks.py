@@ -133,7 +133,7 @@ def run_rank(
         buckets[name] += 1
         return average(*args)
 
-    Replica._average = counted
+    Replica._average = counted  # pyright: ignore[reportAttributeAccessIssue]
     address = f"tcp://127.0.0.1:{port}"
     with process_group(init_method=address, rank=rank, world_size=world_size):
         for job in jobs:
@@ -162,9 +162,11 @@ def measure(
     items = open_split(LocalStorage(root), images, "validation")
     model = make_unet(config, 0)
     with torch.no_grad():
-        model.final_conv.bias += 0.1
-    ranks = {"rank": rank, "world_size": world_size}
-    return validation_loss(model.eval(), make_diffusion(config), items, seed=0, **ranks)
+        for weights in model.final_conv.parameters():
+            weights += 0.1
+    return validation_loss(
+        model.eval(), make_diffusion(config), items, seed=0, rank=rank, world_size=world_size
+    )
 
 
 @pytest.fixture(scope="module")
