@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pipeline.cluster import Node, total
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config
-from pipeline.steps import make_steps
+from pipeline.steps import WHOLE_CLUSTER, make_steps
 from pipeline.workflow import Resources, Step
 
 
@@ -88,15 +88,14 @@ def check_tasks(
     if free is not None and free.cpus < 1:
         return Note(f"all {capacity.cpus} CPUs are in use just now: tasks wait until some are free")
     every = "the CPU" if capacity.cpus == 1 else f"all {capacity.cpus} CPUs"
-    detail = f"preprocessing and evaluation use {every}"
+    detail = f"preprocessing, the reference and evaluation use {every}"
     if not trains:
         return detail
     training, others = _beside_training(config)
     left = max(0, capacity.cpus - training.cpus)
-    for does, fits in (("run beside training", True), ("run before or after training", False)):
-        names = [s.name for s in others if (s.resources.cpus <= left) == fits]
-        if names:
-            detail += f"; {' and '.join(names)} {does}, which leaves {count_of(left, 'CPU')}"
+    for step in others:
+        place = "beside" if step.resources.cpus <= left else "before or after"
+        detail += f"; {step.name} runs {place} training, which leaves {count_of(left, 'CPU')}"
     return detail
 
 
@@ -159,7 +158,7 @@ def _note_if_busy(detail: str, config: Config, free: Resources | None) -> str:
 
 
 def _beside_training(config: Config) -> tuple[Resources, list[Step]]:
-    """What training takes, and the steps that neither feed it nor need it."""
+    """What training takes, and the steps of a part of the cluster that neither feed nor need it."""
     steps = {step.name: step for step in make_steps(config, [])}
 
     def needs(name: str) -> set[str]:
@@ -169,7 +168,8 @@ def _beside_training(config: Config) -> tuple[Resources, list[Step]]:
     others = [
         step
         for step in steps.values()
-        if step.resources.cpus and step.name not in needs("train") | {"train"}
+        if step.resources not in (Resources(), WHOLE_CLUSTER)
+        and step.name not in needs("train") | {"train"}
         and "train" not in needs(step.name)
     ]  # fmt: skip
     return steps["train"].resources, others

@@ -1,257 +1,278 @@
-"""The steps `features` and `reference`: the feature space of the score, and real images in it.
+"""The steps `features` and `reference`: the extractor of the score, and real images in its space.
 
-Where no Inception weights can be had, a small classifier trained on the data set's labels is
-the extractor: its penultimate layer is the feature vector, and the score says so in its name.
+What extractors there are is in `extractors/`; the features of each Arrow file are kept by
+`feature_cache.py`, so that a reference forwards only what no one has forwarded before.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import heapq
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import safetensors.torch
-import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+import safetensors.numpy
 
-from pipeline.checkpoints import to_safetensors
-from pipeline.cluster import send_task
-from pipeline.dataset import open_shards, open_split, read_dataset
+from pipeline.cluster import lost_task, send_task
+from pipeline.dataset import read_dataset
 from pipeline.errors import DataError
-from pipeline.host import torch_threads
-from pipeline.loader import keyed_seed
-from pipeline.order import make_order, sample_ids
-from pipeline.settings import NOISE_GROUP, Config, DataConfig, FeaturesConfig
-from pipeline.shards import Items, front_to_back
-from pipeline.storage import open_storage
-from pipeline.workflow import StepContext, read_artifact
+from pipeline.extractor_identity import WEIGHTS, read_weights
+from pipeline.extractors import ARTIFACT, classifier, inception, own, self_supervised
+from pipeline.extractors.training import check_accuracy
+from pipeline.feature_cache import FeatureCache, FeatureFile, list_files, make_features
+from pipeline.scores.frechet import FeatureSums, sum_features
+from pipeline.settings import Config
+from pipeline.storage import damaged
+from pipeline.units import SPLITS, STORAGE_THREADS
+from pipeline.workflow import StepContext
 
-BATCH = 256
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier; `forward` gives the features, `head` the logits.
-
-    Called with uint8 images [N, C, H, W], as torchmetrics hands them on.
-    """
-
-    def __init__(self, channels: int, num_features: int, num_classes: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.trunk = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),
-            nn.Conv2d(64, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.SiLU(),
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, num_features),
-        )  # fmt: skip
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_features, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.trunk(images.float() / 127.5 - 1)
+LOOK_EVERY_S = 1.0
+SAMPLES_PER_FEATURE = 10  # with fewer a covariance is mostly noise
+TASKS_PER_CPU = 2  # at least, where there are files enough: each loads the extractor
+BYTES_PER_TASK = 1 << 26  # of Arrow files, at most
 
 
-def train_extractor(context: StepContext) -> dict[str, Any]:
-    """Trains the classifier on the training split; its accuracy is that on validation.
+def make_extractor(context: StepContext) -> dict[str, Any]:
+    """Trains, loads or calls the extractor, and keeps its weights; what is told of it.
 
     Raises:
-        DataError: there are no labels to train on.
+        DataError: there are too few images, no labels, or the weights cannot be read.
+        EvaluationError: the extractor cannot be made, or has learned too little.
     """
-    data = context.inputs["preprocess"]
-    labels, unlabelled = data["metrics"]["labels"], data["metrics"]["unlabelled"]
-    if unlabelled or len(labels) < 2:
-        raise DataError(
-            "The classifier that scores samples needs a label for every image and two classes "
-            f"or more, got {len(labels)} kinds of label with {unlabelled} images "
-            "unlabelled. Put a .cls file beside each image in the shards."
-        )
-    result = send_task(
-        _train_classifier,
-        context.planned.step.resources,
-        context.storage.uri,
-        dict(data),
-        context.config.features.model_dump_json(),
-        context.config.data.model_dump_json(),
-    )
-    context.write_artifact("classifier.safetensors", result.pop("weights"))
-    context.note(f"held-out accuracy {result['validation_accuracy']:.1%}")
-    return result
+    config, data = context.config, context.inputs["preprocess"]
+    features = config.features
+    check_counts(config, data["metrics"]["counts"])
+    weights = None
+    if features.weights is not None:
+        weights = read_weights(features, context.planned.step.settings[WEIGHTS])
+    sections = (features.model_dump_json(), config.data.model_dump_json())
+    send = (context.planned.step.resources, context.storage.uri, dict(data), *sections)
+    match features.extractor:
+        case "classifier":
+            classifier.check_labels(data)
+            facts = send_task(classifier.train_classifier, *send)
+            check_accuracy(facts, classifier.REMEDY)
+        case "self_supervised":
+            facts = send_task(self_supervised.train_self_supervised, *send)
+            check_accuracy(facts, self_supervised.REMEDY)
+        case "inception":
+            facts = send_task(
+                inception.make_inception,
+                context.planned.step.resources,
+                features.num_features,
+                config.data.channels,
+                weights,
+                features.weights_sha256,
+            )
+        case name:
+            facts = send_task(
+                own.make_own,
+                context.planned.step.resources,
+                name,
+                config.data.shape,
+                features.width,
+                weights,
+                features.seed,
+            )
+    context.write_artifact(ARTIFACT, facts.pop("weights"))
+    told = f"{features.extractor}, {facts['num_features']:,} features"
+    if facts["validation_accuracy"] is not None:
+        told += f", held-out accuracy {facts['validation_accuracy']:.1%}"
+    context.note(told)
+    return facts
 
 
 def measure_reference(context: StepContext) -> dict[str, Any]:
-    """Features of the real images, one array a shard and split, unaugmented.
+    """Features of the real images by split, unaugmented, and their sums.
 
     Raises:
-        DataError: too few images for the score that is asked for, said before training.
+        DataError: too few images for the score that is asked for.
+        EvaluationError: the extractor fails on the images.
+        StorageError: an Arrow file is missing or damaged.
+        ClusterError: Ray lost the work.
     """
-    check_counts(context.config, context.inputs["preprocess"]["metrics"]["counts"])
-    content, counts = send_task(
-        _extract_splits,
-        context.planned.step.resources,
-        context.storage.uri,
-        dict(context.inputs["preprocess"]),
-        dict(context.inputs["features"]),
-        context.config.data.cache_bytes,
+    data, features = context.inputs["preprocess"], context.inputs["features"]
+    num_features = features["metrics"]["num_features"]
+    check_counts(context.config, data["metrics"]["counts"], num_features)
+    cache = FeatureCache(context.storage, features)
+    files = list_files(read_dataset(context.storage, data))
+    with ThreadPoolExecutor(STORAGE_THREADS) as pool:
+        found = dict(zip(files, pool.map(cache.read, files), strict=True))
+    missing = _once([file for file in files if found[file] is None])
+    if missing:
+        _run_tasks(context, cache, missing)
+    for file in files:
+        if found[file] is None:
+            found[file] = cache.read(file)
+    arrays: dict[str, np.ndarray] = {}
+    sums = {split: sum_features(np.zeros((0, num_features), np.float32)) for split in SPLITS}
+    for number, file in enumerate(files):
+        of_file = found.pop(file)
+        if of_file is None:
+            raise damaged(context.storage, cache.path_of(file))
+        if file.excluded:
+            of_file = np.delete(of_file, file.excluded, axis=0)
+        arrays[f"{file.split}/{number:08d}"] = of_file
+        sums[file.split] += sum_features(of_file)
+    context.write_artifact("features.safetensors", safetensors.numpy.save(arrays))
+    context.write_artifact("sums.safetensors", _save_sums(sums))
+    forwarded = sum(file.count for file in missing)
+    context.note(
+        f"{forwarded:,} {_noun(context)} forwarded; {len(files) - len(missing):,} of "
+        f"{len(files):,} Arrow files had their features"
     )
-    context.write_artifact("features.safetensors", content)
-    return {"counts": counts}
+    return {"counts": {split: s.count for split, s in sums.items()}, "forwarded": forwarded}
 
 
-def check_counts(config: Config, counts: Mapping[str, int]) -> None:
+def check_counts(
+    config: Config, counts: Mapping[str, int], num_features: int | None = None
+) -> None:
     """Refuses a score whose floor would have fewer images, or whose reference would be thin.
+
+    Args:
+        config: the whole config.
+        counts: of the images by split.
+        num_features: of the extractor; what the config says of it where not given.
 
     Raises:
         DataError: too few training or test images.
     """
-    num_samples, needed = config.evaluate.num_samples, 10 * config.features.width
+    num_features = num_features or config.features.num_features or 0
+    num_samples, needed = config.evaluate.num_samples, SAMPLES_PER_FEATURE * num_features
     if counts["train"] < num_samples:
         raise DataError(
             f"The floor of the score needs evaluate.num_samples = {num_samples} training images, "
             f"and there are {counts['train']}. Lower evaluate.num_samples to at most that."
         )
+    if config.evaluate.allow_few_samples:
+        return
     if counts["test"] < needed:
         raise DataError(
             f"The reference of the score needs 10 x features.width = {needed} test images, and "
-            f"there are {counts['test']}. Raise data.test_fraction or lower features.width."
+            f"there are {counts['test']}. Raise data.test_fraction, lower features.width, or set "
+            "evaluate.allow_few_samples."
         )
+    check_samples(num_samples, num_features)
 
 
-def load_extractor(weights: bytes, facts: dict[str, Any]) -> Classifier:
-    """The trained classifier in eval mode.
+def check_samples(count: int, num_features: int) -> None:
+    """Refuses a score of few samples.
 
-    Args:
-        weights: the artifact `classifier.safetensors`.
-        facts: the metrics of the step `features`.
+    Raises:
+        DataError: there are fewer than 10 a feature.
     """
-    model = Classifier(facts["channels"], facts["num_features"], facts["num_classes"])
-    model.load_state_dict(safetensors.torch.load(weights))
-    return model.eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def extract(extractor: nn.Module, images: np.ndarray) -> np.ndarray:
-    """Features float32 [N, d] of uint8 images, in batches."""
-    parts = [
-        extractor(torch.from_numpy(images[i : i + BATCH])).float().numpy()
-        for i in range(0, len(images), BATCH)
-    ]
-    return np.concatenate(parts)
-
-
-def _train_classifier(
-    storage_uri: str, data: dict[str, Any], settings: str, data_settings: str
-) -> dict[str, Any]:
-    config = FeaturesConfig.model_validate_json(settings)
-    reading = DataConfig.model_validate_json(data_settings)
-    storage = open_storage(storage_uri)
-    num_classes = _count_classes(read_dataset(storage, data))
-    cache_bytes, window = reading.cache_bytes, reading.shuffle_window
-    with (
-        contextlib.closing(
-            open_split(storage, data, "train", whole=window is None, cache_bytes=cache_bytes)
-        ) as images,
-        contextlib.closing(
-            open_split(storage, data, "validation", whole=False, cache_bytes=cache_bytes)
-        ) as held_out,
-        torch_threads(1),
-        torch.random.fork_rng(devices=[]),
-    ):
-        torch.manual_seed(keyed_seed("classifier", config.seed))
-        model = Classifier(images.shape[0], config.width, num_classes)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True
+    needed = SAMPLES_PER_FEATURE * num_features
+    if count < needed:
+        raise DataError(
+            f"A score in {num_features:,} features needs {needed:,} samples, and there are "
+            f"{count:,}. Make more, take fewer features, or set evaluate.allow_few_samples, and "
+            "the score's name will say so."
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=config.num_steps
-        )
-        for ids in _draw_batches(config, images, window):
-            logits = model.head(model(torch.from_numpy(images.gather(ids))))
-            loss = F.cross_entropy(logits, torch.from_numpy(images.labels_of(ids)))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        model.eval()
-        return {
-            "extractor": "classifier",
-            "channels": images.shape[0],
-            "num_features": config.width,
-            "num_classes": num_classes,
-            "train_accuracy": _accuracy(model, images),
-            "validation_accuracy": _accuracy(model, held_out),
-            "weights": to_safetensors(model.state_dict()),
-        }
-
-
-def _count_classes(document: Mapping[str, Any]) -> int:
-    """One more than the largest label of an image for training or choosing."""
-    names = {*document["labels"]["train"], *document["labels"]["validation"]}
-    classes = document["classes"]
-    return 1 + max(int(name) if classes is None else classes.index(name) for name in names)
-
-
-def _draw_batches(
-    config: FeaturesConfig, images: Items, shuffle_window: int | None
-) -> Iterator[np.ndarray]:
-    """The ids of each step's batch: over all images, or in order within the window."""
-    if shuffle_window is None:
-        for step in range(config.num_steps):
-            positions = np.arange(config.batch_size) + step * config.batch_size
-            yield sample_ids(config.seed, positions, len(images))
-        return
-    groups = range(-(-config.batch_size // NOISE_GROUP))
-    order = make_order(
-        seed=config.seed,
-        counts=images.counts,
-        global_batch_size=len(groups) * NOISE_GROUP,
-        shuffle_window=shuffle_window,
-    )
-    images.prefetch(order.upcoming_shards(0, groups, config.num_steps))
-    for step in range(config.num_steps):
-        yield order.ids(step, groups)[: config.batch_size]
-
-
-@torch.inference_mode()
-def _accuracy(model: Classifier, images: Items) -> float:
-    images.prefetch(front_to_back(images.counts))
-    right = 0
-    for start in range(0, len(images), BATCH):
-        ids = np.arange(start, min(start + BATCH, len(images)))
-        predicted = model.head(model(torch.from_numpy(images.gather(ids)))).argmax(1).numpy()
-        right += int((predicted == images.labels_of(ids)).sum())
-    return right / len(images)
-
-
-def _extract_splits(
-    storage_uri: str, data: dict[str, Any], features: dict[str, Any], cache_bytes: int
-) -> tuple[bytes, dict[str, int]]:
-    storage = open_storage(storage_uri)
-    weights = read_artifact(storage, features, "classifier.safetensors")
-    extractor = load_extractor(weights, features["metrics"])
-    arrays: dict[str, Tensor] = {}
-    counts = {}
-    document = read_dataset(storage, data)
-    with torch_threads(1):
-        for split in ("train", "validation", "test"):
-            counts[split] = 0
-            for shard in document["shards"]:
-                images = open_shards(
-                    storage, document, [shard], split, whole=False, cache_bytes=cache_bytes
-                )
-                if not len(images):
-                    continue
-                with contextlib.closing(images):
-                    found = extract(extractor, images.gather(np.arange(len(images))))
-                arrays[f"{split}/{shard['input']}"] = torch.from_numpy(found)
-                counts[split] += len(found)
-    return safetensors.torch.save(arrays), counts
 
 
 def read_features(content: bytes, split: str) -> list[np.ndarray]:
-    """The features of a split, one float32 [N, d] array a shard, by shard name.
+    """The features of a split, float32 [N, d] for each Arrow file, in the order of its items.
 
     Args:
         content: the artifact `features.safetensors` of the step `reference`.
         split: `train`, `validation` or `test`.
     """
-    arrays = safetensors.torch.load(content)
-    return [arrays[name].numpy() for name in sorted(arrays) if name.startswith(f"{split}/")]
+    arrays = safetensors.numpy.load(content)
+    return [arrays[name] for name in sorted(arrays) if name.startswith(f"{split}/")]
+
+
+def read_sums(content: bytes, split: str) -> FeatureSums:
+    """The sums of the features of a split.
+
+    Args:
+        content: the artifact `sums.safetensors` of the step `reference`.
+        split: `train`, `validation` or `test`.
+    """
+    arrays = safetensors.numpy.load(content)
+    count, total, outer = (arrays[f"{split}/{part}"] for part in ("count", "total", "outer"))
+    return FeatureSums(int(count), total, outer)
+
+
+def _save_sums(sums: Mapping[str, FeatureSums]) -> bytes:
+    arrays = {}
+    for split, s in sums.items():
+        arrays |= {f"{split}/total": s.total, f"{split}/outer": s.outer}
+        arrays[f"{split}/count"] = np.array(s.count)
+    return safetensors.numpy.save(arrays)
+
+
+def _noun(context: StepContext) -> str:
+    return "sequences" if context.config.data.is_sequence else "images"
+
+
+def _once(files: Sequence[FeatureFile]) -> list[FeatureFile]:
+    """One of those with the same content."""
+    return list({file.sha256: file for file in files}.values())
+
+
+def _run_tasks(context: StepContext, cache: FeatureCache, missing: Sequence[FeatureFile]) -> None:
+    """One Ray task for a few files, on all CPUs; progress is by the files that are there."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    task = ray.remote(num_cpus=1)(make_features)
+    uri, features = context.storage.uri, dict(context.inputs["features"])
+    cache_bytes = context.config.data.cache_bytes
+    groups = group_files(missing, cpus)
+    pending = [task.remote(uri, features, group, cache_bytes) for group in groups]
+    progress = _Progress(context, missing)
+    try:
+        while pending:
+            ready, pending = ray.wait(pending, timeout=LOOK_EVERY_S)
+            for done in ready:
+                ray.get(done)
+            progress.tell(cache.names())
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise lost_task(error) from error
+    finally:
+        for left in pending:  # where one failed, the others need not go on
+            ray.cancel(left)
+
+
+def group_files(files: Sequence[FeatureFile], num_cpus: int) -> list[list[FeatureFile]]:
+    """The files of each task: as equal in bytes as can be, and enough tasks to be even at the end.
+
+    Args:
+        files: whose features are wanted.
+        num_cpus: of the cluster.
+    """
+    num_bytes = sum(file.num_bytes for file in files)
+    count = min(len(files), max(TASKS_PER_CPU * num_cpus, num_bytes // BYTES_PER_TASK))
+    groups: list[list[FeatureFile]] = [[] for _ in range(count)]
+    smallest = [(0, number) for number in range(count)]
+    for file in sorted(files, key=lambda file: (-file.num_bytes, file.sha256)):
+        size, number = heapq.heappop(smallest)
+        groups[number].append(file)
+        heapq.heappush(smallest, (size + file.num_bytes, number))
+    return groups
+
+
+class _Progress:
+    """How many images have their features, how fast that went, and the time left."""
+
+    def __init__(self, context: StepContext, missing: Sequence[FeatureFile]) -> None:
+        self._context, self._missing = context, missing
+        self._total, self._before = sum(file.count for file in missing), 0
+        self._started = time.monotonic()
+        self._unit = _noun(context)
+        context.progress(0, self._total, self._unit)
+
+    def tell(self, names: set[str]) -> None:
+        """Says how far it is, where that has changed."""
+        done = sum(file.count for file in self._missing if file.sha256 in names)
+        if done == self._before:
+            return
+        self._before = done
+        rate = done / (time.monotonic() - self._started)
+        left_s = (self._total - done) / rate
+        self._context.progress(
+            done, self._total, self._unit, rate=rate, rate_unit=f"{self._unit}/s", left_s=left_s
+        )

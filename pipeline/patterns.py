@@ -24,7 +24,7 @@ from pipeline.storage import Storage
 
 INFO_THREADS = 8
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-_OF_THE_ROOT = ("cache", "models", "probes", "runs", "steps")  # what the storage root holds
+_OF_THE_ROOT = ("cache", "features", "models", "probes", "runs", "steps")  # what it holds
 
 
 def match(pattern: str, storage: Storage) -> list[InputFile]:

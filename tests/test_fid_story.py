@@ -18,7 +18,7 @@ def test_a_training_is_scored_while_it_goes_on(
 ) -> None:
     settings = [
         f"storage.root={tmp_path / 'runs'}", "train.num_workers=1", "train.num_steps=120",
-        "train.fid_every=60", "train.fid_samples=64", "features.num_steps=20",
+        "train.fid_every=60", "train.fid_samples=64",
         "evaluate.num_steps=4", "evaluate.num_samples=64",
     ]  # fmt: skip
     given = [

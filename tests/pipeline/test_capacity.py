@@ -84,14 +84,14 @@ def test_a_cluster_without_cpus_would_never_start_a_task() -> None:
 @pytest.mark.parametrize(
     ("workers", "expected"),
     [
-        (1, "features and reference run beside training, which leaves 1 CPU"),
-        (2, "features and reference run before or after training, which leaves 0 CPUs"),
-        ((1, 4), "features and reference run before or after training, which leaves 0 CPUs"),
+        (1, "features runs beside training, which leaves 1 CPU"),
+        (2, "features runs before or after training, which leaves 0 CPUs"),
+        ((1, 4), "features runs before or after training, which leaves 0 CPUs"),
     ],
 )
 def test_what_runs_beside_training_is_said(workers: object, expected: str) -> None:
     detail = check_tasks(config(num_workers=workers), [SMALL])
-    assert detail == f"preprocessing and evaluation use all 2 CPUs; {expected}"
+    assert detail == f"preprocessing, the reference and evaluation use all 2 CPUs; {expected}"
 
 
 def test_scores_beside_training_need_a_cpu_beside_the_workers() -> None:
