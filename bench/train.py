@@ -40,8 +40,9 @@ from PIL import Image
 from pipeline.config import load_config
 from pipeline.dataset import open_split
 from pipeline.driver import run_config
-from pipeline.features import extract, load_extractor, read_features
-from pipeline.statistics import frechet_distance, sum_features
+from pipeline.extractors import extract, load_extractor
+from pipeline.features import read_features
+from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.storage import LocalStorage
 from pipeline.workflow import read_artifact
 
@@ -126,8 +127,7 @@ def measure_quality(arguments: argparse.Namespace, work: Path) -> dict[str, Any]
     """FID of every side after as many seconds."""
     manifests, storage = prepare(work, ("reference",))
     features, reference = manifests["features"], manifests["reference"]
-    weights = read_artifact(storage, features, "classifier.safetensors")
-    extractor = load_extractor(weights, features["metrics"])
+    extractor = load_extractor(storage, features)
     content = read_artifact(storage, reference, "features.safetensors")
     real = sum_features(np.concatenate(read_features(content, "test")))
     train = np.concatenate(read_features(content, "train"))
@@ -138,13 +138,13 @@ def measure_quality(arguments: argparse.Namespace, work: Path) -> dict[str, Any]
         options = ["--seconds", str(arguments.seconds), "--samples", str(NUM_SAMPLES)]
         facts = run_side(arguments.peers, side, work, [*options, "--output", str(samples)])
         generated = sum_features(extract(extractor, np.load(samples)))
-        sides[side] = {"fid": round(frechet_distance(extractor, real, generated), 3), **facts}
+        sides[side] = {"fid": round(frechet_distance(real, generated), 3), **facts}
         say(json.dumps(sides[side]))
     if arguments.picture is not None:
         drawn = {side: np.load(work / f"{side}.npy") for side in sides}
         draw(drawn, {side: facts["fid"] for side, facts in sides.items()}, arguments.picture)
     fids = {side: facts["fid"] for side, facts in sides.items()}
-    floor = frechet_distance(extractor, real, sum_features(train[chosen]))
+    floor = frechet_distance(real, sum_features(train[chosen]))
     found = {
         "fid_ours": fids.get("ours"),
         "fid_denoising_diffusion_pytorch": fids.get("ddp_default"),

@@ -4,17 +4,15 @@ Nothing imported here imports torch or Ray: a command with nothing to do answers
 """
 
 import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from jobs.console import (
     EventPrinter,
@@ -23,21 +21,31 @@ from jobs.console import (
     show_schedules,
 )
 from jobs.diagnosis import diagnose
+from jobs.exit_codes import errors_to_exit_codes
 from jobs.inspection import show_dataset
 from jobs.rehearsal import rehearse
+from jobs.results import (
+    exchanged_json,
+    outcome_json,
+    plan_json,
+    print_json,
+    show_outcome,
+    show_run,
+    show_runs,
+)
+from jobs.scores import show_comparison
 from pipeline.config import load_config
 from pipeline.drill import NUM_STEPS, OUTAGE_S, Kind
-from pipeline.driver import Outcome, Plan, make_plan, run_config
-from pipeline.errors import ConfigError, RaydiffusionError
+from pipeline.driver import Outcome, Plan, find_subject, make_plan, run_config
+from pipeline.errors import ConfigError
 from pipeline.runs import list_runs, read_progress, read_run
 from pipeline.settings import Config
 from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
+from pipeline.subject_kinds import Subject
 from pipeline.torchrun import dismiss, torchrun_world
 
-INTERRUPTED_EXIT_CODE = 130
 UNDER_TORCHRUN = (("preprocess",), ("train",))
-KEPT = "Interrupted. Finished steps and checkpoints are kept; the same command continues."
 
 app = typer.Typer(
     help="Train diffusion models on your own images, and know how good they are.",
@@ -96,7 +104,7 @@ def train(
         finally:
             dismiss()
     else:
-        with _errors_to_exit_codes(as_json):
+        with errors_to_exit_codes(as_json):
             from pipeline.train import train_under_torchrun
 
             train_under_torchrun(world)
@@ -104,19 +112,57 @@ def train(
 
 @app.command()
 def evaluate(
-    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+    config: ConfigPath,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="a model made elsewhere: a model folder or a checkpoint, as for import"),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="images in place of samples: as data.sources; may be repeated"),
+    ] = None,
+    converts: Annotated[
+        bool, typer.Option("--convert", help="take images of another size or with other channels")
+    ] = False,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    no_wait: NoWait = False,
 ) -> None:
-    """Sample and score, and do what that needs."""
-    _run_steps(config, set_, as_json, no_wait, ("evaluate",))
+    """Sample and score, and do what that needs; or score another model, or images."""
+
+    def find(loaded: Config) -> Subject | None:
+        return find_subject(loaded, checkpoint=checkpoint, images=images or (), converts=converts)
+
+    _run_steps(config, set_, as_json, no_wait, ("evaluate",), find_subject=find)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="a config, a run's name, or a score.json")],
+    second: Annotated[str, typer.Argument(help="likewise")],
+    set_: Overrides = None,
+    root: Annotated[str, typer.Option(help="the storage root of a run's name")] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Put two scores side by side; refused where their protocols differ."""
+    with errors_to_exit_codes(as_json):
+        from pipeline.protocol import compare_records, read_record  # torch: only here
+
+        records = [read_record(target, root, set_ or ()) for target in (first, second)]
+        comparison = compare_records((first, second), records)
+        if as_json:
+            print_json(asdict(comparison))
+        else:
+            show_comparison(Console(), comparison)
 
 
 @app.command()
 def plan(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Print which steps are cached, which would run, and why. Starts nothing."""
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         planned = make_plan(load_config(config, set_ or ()), read_remote=False)
         if as_json:
-            _print_json(_plan_json(planned))
+            print_json(plan_json(planned))
         else:
             show_plan(Console(), planned.run, planned.steps)
 
@@ -124,7 +170,7 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) ->
 @app.command()
 def doctor(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Check what a run needs, here and on every node of the cluster, and say what is wrong."""
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         diagnose(load_config(config, set_ or ()), as_json=as_json)
 
 
@@ -142,7 +188,7 @@ def drill(
     as_json: AsJson = False,
 ) -> None:
     """Train for a while on this machine, break something, and say what that cost."""
-    with _errors_to_exit_codes(as_json, on_interrupt="Interrupted. Nothing of the drill is left."):
+    with errors_to_exit_codes(as_json, on_interrupt="Interrupted. Nothing of the drill is left."):
         rehearse(
             load_config(config, set_ or ()),
             kill,
@@ -160,7 +206,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Print what a run did, or the runs below a storage root."""
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         if target.endswith(".toml"):
             planned = make_plan(load_config(target, set_ or ()), read_remote=False)
             storage, run_name = planned.storage, planned.run
@@ -171,13 +217,13 @@ def status(
         if run_name is None:
             documents = [read_run(storage, name) for name in list_runs(storage)]
             if as_json:
-                _print_json({"runs": documents})
+                print_json({"runs": documents})
             else:
-                _show_runs(Console(), storage.uri, documents)
+                show_runs(Console(), storage.uri, documents)
         else:
             document = read_run(storage, run_name)
             document["progress"] = read_progress(storage, document)
-            _print_json(document) if as_json else _show_run(Console(), document)
+            print_json(document) if as_json else show_run(Console(), document)
 
 
 @app.command()
@@ -202,7 +248,7 @@ def schedules(
     as_json: AsJson = False,
 ) -> None:
     """Draw noise schedules side by side: signal, noise, log SNR, and an image noised."""
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         names = target or []
         config = None
         if any(name.endswith(".toml") for name in names):
@@ -216,7 +262,7 @@ def schedules(
         else:
             rows = write_study(names, num_train_timesteps, image, output)
         if as_json:
-            _print_json({"output": str(output), "schedules": rows})
+            print_json({"output": str(output), "schedules": rows})
         else:
             show_schedules(Console(), rows, output)
 
@@ -243,7 +289,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Read another library's checkpoint into a folder, or print a scheduler config as TOML."""
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         is_scheduler = target.is_dir() or target.suffix == ".json"
         if is_scheduler and (output or objective or library_version or set_):
             raise ConfigError(
@@ -258,7 +304,7 @@ def import_(
             read = import_scheduler_config(target)
             if as_json:
                 sections = {"diffusion": read.diffusion, "evaluate": read.evaluate}
-                _print_json({**sections, "notes": read.notes})
+                print_json({**sections, "notes": read.notes})
             else:
                 print("\n".join([*(f"# {note}" for note in read.notes), read.to_toml()]).strip())
             return
@@ -270,7 +316,7 @@ def import_(
             overrides=set_ or (),
         )
         if as_json:
-            _print_json(_exchanged_json(done))
+            print_json(exchanged_json(done))
         else:
             show_exchanged(Console(), "imported", target, done)
 
@@ -283,12 +329,12 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write EMA weights as safetensors with a scheduler config that diffusers loads."""
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         from pipeline.exchange import export_model  # torch: only here
 
         done = export_model(target, output, set_ or ())
         if as_json:
-            _print_json(_exchanged_json(done))
+            print_json(exchanged_json(done))
         else:
             show_exchanged(Console(), "exported", target, done)
 
@@ -302,10 +348,11 @@ def _run_steps(
     *,
     inspect: bool = False,
     output: Path | None = None,
+    find_subject: Callable[[Config], Subject | None] = lambda config: None,
 ) -> None:
     console = Console(stderr=as_json)
     printer = EventPrinter(console)
-    with _errors_to_exit_codes(as_json):
+    with errors_to_exit_codes(as_json):
         started = time.monotonic()
         if torchrun_world() is not None and targets not in UNDER_TORCHRUN:
             raise ConfigError(
@@ -324,13 +371,14 @@ def _run_steps(
                 on_wait=printer.wait,
                 on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
+                subject=find_subject(config),
             )
         seconds = time.monotonic() - started
         inspected = _inspect(outcome, config, output) if inspect else {}
         if as_json:
-            _print_json(_outcome_json(outcome, seconds) | inspected)
+            print_json(outcome_json(outcome, seconds) | inspected)
             return
-        _show_outcome(console, outcome, seconds)
+        show_outcome(console, outcome, seconds)
         if inspected:
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
 
@@ -357,128 +405,3 @@ def _say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _show_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
-    if outcome.plan.is_cached:
-        console.print(f"Everything was there already ({seconds:.1f} s).", highlight=False)
-    else:
-        console.print(f"Finished in {seconds:.0f} s.", highlight=False)
-    if "evaluate" in outcome.manifests:
-        score = outcome.manifests["evaluate"]["metrics"]
-        console.print(
-            f"{score['metric']} {score['value']:.2f}   floor {score['floor']:.2f} (real images)   "
-            f"ceiling {score['ceiling']:.2f} (untrained)   lower is better",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    if "promote" in outcome.manifests:
-        promotion = outcome.manifests["promote"]["metrics"]
-        word = "promoted" if promotion["promoted"] else "not promoted"
-        console.print(
-            f"version {promotion['version']} {word}: {promotion['reason']}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    if outcome.report:
-        console.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
-
-
-def _show_runs(console: Console, uri: str, documents: list[dict[str, Any]]) -> None:
-    if not documents:
-        console.print(f"There are no runs below {uri}.", soft_wrap=True)
-        return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "outcome", "started", "steps"):
-        table.add_column(heading)
-    for document in documents:
-        last = document["executions"][-1]
-        done = sum(s["state"] in ("finished", "cached") for s in last["steps"].values())
-        table.add_row(
-            document["run"], last["outcome"], _local_time(last["started"]),
-            f"{done} of {len(last['steps'])}",
-        )  # fmt: skip
-    console.print(table)
-
-
-def _show_run(console: Console, document: dict[str, Any]) -> None:
-    last = document["executions"][-1]
-    console.print(
-        f"run {document['run']}: {last['outcome']}, started {_local_time(last['started'])}, "
-        f"{len(document['executions'])} execution(s)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if document["live"]:
-        holder = document["live"]
-        console.print(f"process {holder['pid']} on {holder['host']} is working on it")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("step", "state", "seconds", "because"):
-        table.add_column(heading, overflow="fold")
-    for name, step in last["steps"].items():
-        seconds = f"{step['seconds']:.1f}" if "seconds" in step else ""
-        table.add_row(name, step["state"], seconds, step.get("error") or step["reason"])
-    console.print(table)
-    if progress := document["progress"]:
-        console.print(
-            f"training is at step {progress['global_step']:,} of {progress['num_steps']:,}, "
-            f"{progress['images_per_s']:.0f} images/s, loss {progress['loss']:.4f}, "
-            f"{progress['seconds_left']:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _exchanged_json(exchanged: Any) -> dict[str, Any]:
-    return {
-        "output": exchanged.output,
-        "num_parameters": exchanged.num_parameters,
-        "notes": exchanged.notes,
-        **exchanged.document.model_dump(mode="json"),
-    }
-
-
-def _plan_json(planned: Plan) -> dict[str, Any]:
-    return {
-        "run": planned.run,
-        "missing_shards": planned.missing_shards,
-        "steps": [
-            {"step": p.step.name, "action": p.action, "reason": p.reason, "key": p.key}
-            for p in planned.steps
-        ],
-    }
-
-
-def _outcome_json(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    return {
-        **_plan_json(outcome.plan),
-        "seconds": seconds,
-        "report": outcome.report,
-        "metrics": {name: manifest["metrics"] for name, manifest in outcome.manifests.items()},
-    }
-
-
-def _local_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1))
-
-
-@contextlib.contextmanager
-def _errors_to_exit_codes(as_json: bool, on_interrupt: str = KEPT) -> Iterator[None]:
-    """The one place where errors become sentences and exit codes."""
-    try:
-        yield
-    except RaydiffusionError as error:
-        if as_json:
-            _print_json({"error": str(error), "exit_code": error.exit_code})
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
-        typer.echo(on_interrupt, err=True)
-        sys.stdout.flush()
-        os._exit(INTERRUPTED_EXIT_CODE)  # threads of running steps must not hold us up

@@ -22,7 +22,8 @@ from pipeline.settings import Config
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies `a.b=c` overrides, and validates the whole.
 
-    Relative `data.sources` are resolved against the file's directory, `~` is the home directory.
+    Relative `data.sources` and `features.weights` are resolved against the file's directory, `~` is
+    the home directory.
 
     Args:
         path: of the TOML file.
@@ -53,11 +54,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply_override(values, override)
     config = _validate(values, source=str(path))
     base = path.resolve().parent
-    sources = tuple(_resolve(source, base) for source in config.data.sources)
-    return config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+    sources = tuple(absolute_source(source, base) for source in config.data.sources)
+    sections: dict[str, Any] = {"data": config.data.model_copy(update={"sources": sources})}
+    if (weights := config.features.weights) is not None and "://" not in weights:
+        with contextlib.suppress(RuntimeError):  # no such user: a file may be called so
+            weights = str(Path(weights).expanduser())
+        path = str(base / weights)
+        sections["features"] = config.features.model_copy(update={"weights": path})
+    return config.model_copy(update=sections)
 
 
-def _resolve(source: str, base: Path) -> str:
+def absolute_source(source: str, base: Path) -> str:
     """A source as an absolute path or glob, or the URI that it is."""
     if "://" in source:
         return source

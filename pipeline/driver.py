@@ -3,10 +3,13 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect, total
+from pipeline.config import absolute_source
 from pipeline.errors import ConfigError
+from pipeline.extractor_identity import UNREAD, identify_extractor
 from pipeline.identities import OnHash
 from pipeline.leases import OnWait, hold_lease
 from pipeline.preflight import before_ray, on_cluster, require
@@ -15,6 +18,7 @@ from pipeline.settings import Config
 from pipeline.sources import list_inputs
 from pipeline.steps import STEP_NAMES, make_steps
 from pipeline.storage import Storage, open_storage
+from pipeline.subject_kinds import GivenImages, Subject, data_of_images
 from pipeline.torchrun import torchrun_world
 from pipeline.units import missing_units
 from pipeline.workflow import (
@@ -64,6 +68,7 @@ def make_plan(
     config: Config,
     targets: Sequence[str] = STEP_NAMES,
     *,
+    subject: Subject | None = None,
     read_remote: bool = True,
     on_hash: OnHash | None = None,
 ) -> Plan:
@@ -72,6 +77,7 @@ def make_plan(
     Args:
         config: the whole config.
         targets: the steps wanted; what they rest on is planned too.
+        subject: what is evaluated in place of the config's training.
         read_remote: whether remote files that were never seen are read to be hashed; otherwise
             the plan takes them for new, and the run has no name yet.
         on_hash: told the number of files and bytes that are about to be read.
@@ -82,8 +88,13 @@ def make_plan(
     """
     storage = open_storage(config.storage.root)
     inputs = list_inputs(config.data, storage, read_remote=read_remote, on_hash=on_hash)
+    extractor = identify_extractor(
+        config.features, storage, read_remote=read_remote, on_hash=on_hash
+    )
     planned = plan(
-        make_steps(config, inputs.shards), storage, last_identities(storage, config.name)
+        make_steps(config, inputs.shards, extractor, subject),
+        storage,
+        last_identities(storage, config.name),
     )
     missing = []
     if planned[0].action != "cached":
@@ -92,7 +103,8 @@ def make_plan(
         left = f"{len(missing):,} of {len(inputs.shards):,} input shards to do"
         reason = f"{planned[0].reason}; {left}" + (f": {names}" if names else "")
         planned[0] = replace(planned[0], reason=reason)
-    is_known = all(shard.sha256 is not None for shard in inputs.shards)
+    is_known = UNREAD not in extractor.values()
+    is_known = is_known and all(shard.sha256 is not None for shard in inputs.shards)
     run = run_id(config, planned) if is_known else f"{config.name}-?"
     return Plan(run, storage, needed_for(planned, targets), missing)
 
@@ -106,6 +118,7 @@ def run_config(
     on_wait: OnWait | None = None,
     on_hash: OnHash | None = None,
     wait_for_lease: bool = True,
+    subject: Subject | None = None,
 ) -> Outcome:
     """Brings the targets about: what is cached is kept, what was begun is continued.
 
@@ -120,27 +133,31 @@ def run_config(
         on_wait: told while another process holds the run.
         on_hash: told the number of files and bytes that are read before there is a plan.
         wait_for_lease: for another process at the same run; otherwise leave at once.
+        subject: what is evaluated in place of the config's training; see `find_subject`.
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
     """
-    if config.data.is_sequence and not set(targets) <= {"preprocess", "train"}:
+    is_scored = not set(targets) <= {"preprocess", "train"}
+    if is_scored and config.data.is_sequence and not config.features.is_own:
         raise ConfigError(
-            "The score is one of images, and data.sequence_shape makes sequences. Use the verbs "
-            "preprocess and train."
+            f"The extractor {config.features.extractor} is one of images, and data.sequence_shape "
+            "makes sequences. Set features.extractor = 'package.module:factory' of your own, or "
+            "use the verbs preprocess and train."
         )
     empty = [n for n in ("validation_fraction", "test_fraction") if not getattr(config.data, n)]
-    if empty and not set(targets) <= {"preprocess", "train"}:
+    if empty and is_scored:
         raise ConfigError(
             f"data.{empty[0]} is 0, and the score needs images that are held out. Raise it, or use "
             "the verbs preprocess and train."
         )
-    planned = make_plan(config, targets, on_hash=on_hash)
+    planned = make_plan(config, targets, subject=subject, on_hash=on_hash)
     notes: list[str] = []
     if not planned.is_cached:
         notes = require(before_ray(config, planned.storage, trains=planned.trains))
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
-        planned = make_plan(config, targets)  # another may have worked while we waited
+        # Another may have worked while we waited.
+        planned = make_plan(config, targets, subject=subject)
         on_plan(planned)
         record = RunRecord(planned.storage, planned.run, config, planned.steps)
 
@@ -167,6 +184,40 @@ def run_config(
         finally:
             record.close(outcome)
         return Outcome(planned, manifests, _publish_report(planned, manifests))
+
+
+def find_subject(
+    config: Config, *, checkpoint: Path | None, images: Sequence[str], converts: bool = False
+) -> Subject | None:
+    """What a command wants evaluated in place of the config's training; None where nothing else.
+
+    Args:
+        config: the whole config.
+        checkpoint: a model folder, or a checkpoint of another library.
+        images: patterns, as those of `data.sources`.
+        converts: whether images of another size or with other channels are taken.
+
+    Raises:
+        ConfigError: both are given.
+        DataError: there is no such thing, or it does not suit the data set.
+        StorageError: the root cannot be written.
+    """
+    if checkpoint is not None and images:
+        raise ConfigError("--checkpoint and --images name two things to evaluate. Give one.")
+    storage = open_storage(config.storage.root)
+    if checkpoint is not None:
+        from pipeline.subjects import import_model  # torch: only here
+
+        return import_model(checkpoint, config, storage)
+    if not images:
+        return None
+    data = data_of_images(config, [absolute_source(source, Path.cwd()) for source in images])
+    shards = tuple(list_inputs(data, storage).shards)
+    if not converts:
+        from pipeline.given_images import check_images
+
+        check_images(shards, config.data)
+    return GivenImages(data.sources, shards)
 
 
 def _tell(notes: Sequence[str], observer: Observer) -> None:

@@ -18,16 +18,19 @@ import safetensors.torch
 from diffusion_core import CHUNK
 from pipeline.checkpoints import Row, to_lines
 from pipeline.dataset import class_counts, read_dataset
+from pipeline.drawing import draw_chunk
 from pipeline.errors import DataError, EvaluationError
-from pipeline.evaluate import draw_chunk, make_protocol, metric_name
-from pipeline.features import load_extractor, read_features
+from pipeline.extractors import load_extractor, score_name
+from pipeline.features import read_features
 from pipeline.fid_weights import step_of
 from pipeline.host import keep_freed_memory, torch_threads
-from pipeline.models import make_unet
+from pipeline.models import make_diffusion, make_unet
+from pipeline.protocol import make_protocol
 from pipeline.sampling import spread_labels
+from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.settings import Config
-from pipeline.statistics import frechet_distance, sum_features
 from pipeline.storage import open_storage
+from pipeline.subjects import Network
 from pipeline.training_views import TensorBoard
 from pipeline.workflow import StepContext, hash_json, read_artifact
 
@@ -88,7 +91,8 @@ class Scorer:
     def __init__(self, context: StepContext, task: Task | None = None) -> None:
         config, inputs = context.config, context.inputs
         assert config.train.fid_every is not None
-        check_validation_count(config, inputs["reference"]["metrics"]["counts"][SPLIT])
+        num_features = inputs["features"]["metrics"]["num_features"]
+        check_validation_count(num_features, inputs["reference"]["metrics"]["counts"][SPLIT])
         self._context, self._every = context, config.train.fid_every
         self._storage = context.storage
         self._task: Task = task or RayTask()
@@ -100,7 +104,7 @@ class Scorer:
             num_samples=config.train.fid_samples,
         ) | {"first_sample": config.evaluate.num_samples}
         self.protocol = protocol
-        self.metric = metric_name(inputs["features"])
+        self.metric = score_name("fid", inputs["features"])
         root = f"{context.series_directory}/fid"
         self.directory = f"{root}/{hash_json(protocol)}"
         for other in self._storage.list(root):  # weights that would wait for ever
@@ -323,15 +327,14 @@ def score_weights(
     started = time.monotonic()
     storage, config = open_storage(storage_uri), Config.model_validate_json(config_json)
     num_samples, before = config.train.fid_samples, config.evaluate.num_samples
-    extractor = load_extractor(
-        read_artifact(storage, inputs["features"], "classifier.safetensors"),
-        inputs["features"]["metrics"],
-    )
+    extractor = load_extractor(storage, inputs["features"])
     counts = None
     if config.model.class_conditional:
         counts = class_counts(read_dataset(storage, inputs["preprocess"]), "train")
-    model = make_unet(config, config.train.seed, None if counts is None else len(counts))
+    num_classes = None if counts is None else len(counts)
+    model = make_unet(config, config.train.seed, num_classes)
     model.load_state_dict(safetensors.torch.load(storage.read(path)))
+    network = Network(model, make_diffusion(config, num_classes), counts)
     content = read_artifact(storage, inputs["reference"], "features.safetensors")
     keep_freed_memory()
     with torch_threads(1):
@@ -342,8 +345,8 @@ def score_weights(
             if counts is not None:
                 labels = spread_labels(counts, numbers, num_samples)
             seeds = range(before + numbers.start, before + numbers.stop)
-            found.append(draw_chunk(config, model, extractor, seeds, labels)[1])
-        value = frechet_distance(extractor, reference, sum_features(np.concatenate(found)))
+            found.append(draw_chunk(config, network, extractor, seeds, labels)[1])
+        value = frechet_distance(reference, sum_features(np.concatenate(found)))
     if not np.isfinite(value):
         raise EvaluationError(
             "The score is not finite: the features of the samples are not. Lower "
@@ -352,13 +355,17 @@ def score_weights(
     return {"value": value, "seconds": time.monotonic() - started}
 
 
-def check_validation_count(config: Config, count: int) -> None:
+def check_validation_count(num_features: int, count: int) -> None:
     """Refuses a score whose reference would be thin.
+
+    Args:
+        num_features: of the extractor.
+        count: of validation images.
 
     Raises:
         DataError: fewer validation images than 10 times the feature width.
     """
-    needed = 10 * config.features.width
+    needed = 10 * num_features
     if count < needed:
         raise DataError(
             f"train.fid_every needs 10 x features.width = {needed} validation images as its "

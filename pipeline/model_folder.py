@@ -91,26 +91,38 @@ def load_model_folder(path: Path) -> tuple[UNet, Diffusion]:
     Raises:
         DataError: the folder is none, or is damaged.
     """
-    document = read_document(path)
-    content = read_weights(path, document)
-    config = document.unet
-    with torch.random.fork_rng(devices=[]):
-        model = UNet(config)
+    return load_model(to_json(document := read_document(path)), read_weights(path, document), path)
+
+
+def load_model(document: bytes, weights: bytes, name: Path | str) -> tuple[UNet, Diffusion]:
+    """The network with these weights, in evaluation mode, and its process.
+
+    Args:
+        document: the content of `model.json`.
+        weights: the content of a safetensors file that it names.
+        name: of the folder, for errors.
+
+    Raises:
+        DataError: they do not go together.
+    """
     try:
-        model.load_state_dict(safetensors.torch.load(content))
+        known = ModelDocument.model_validate_json(document)
+        with torch.random.fork_rng(devices=[]):
+            model = UNet(known.unet)
+        model.load_state_dict(safetensors.torch.load(weights))
         diffusion = Diffusion(
-            build_schedule(document.schedule),
-            document.objective,
-            document.weighting,
-            document.gamma,
-            self_condition=config.self_condition,
-            learned_variance=config.learned_variance,
-            null_label=config.num_classes,
+            build_schedule(known.schedule),
+            known.objective,
+            known.weighting,
+            known.gamma,
+            self_condition=known.unet.self_condition,
+            learned_variance=known.unet.learned_variance,
+            null_label=known.unet.num_classes,
         )
     except (RuntimeError, safetensors.SafetensorError) as error:
-        raise damaged_file(path, "its weights are not of the network it describes") from error
+        raise damaged_file(name, "its weights are not of the network it describes") from error
     except ValueError as error:
-        raise damaged_file(path, str(error)) from error
+        raise damaged_file(name, str(error)) from error
     return model.eval(), diffusion
 
 
@@ -243,7 +255,7 @@ def as_data_error(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error}") from error
 
 
-def damaged_file(path: Path, fault: str) -> DataError:
+def damaged_file(path: Path | str, fault: str) -> DataError:
     """The error for a file of a model folder that is not as it was written."""
     return DataError(f"{path} is damaged: {fault}. Import or export the model again.")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.leases import hold_lease
+from pipeline.protocol import differences
 from pipeline.storage import Storage
 from pipeline.workflow import StepContext
 
@@ -117,12 +118,7 @@ def _judge(
     if champion["number"] == version:
         return True, "it is the champion already"
     theirs = champion["score"]
-    differing = sorted(
-        name
-        for name in {*score["protocol"], *theirs["protocol"]}
-        if score["protocol"].get(name) != theirs["protocol"].get(name)
-    )
-    if differing:
+    if differing := differences(score["protocol"], theirs["protocol"]):
         return False, (
             f"its score is not comparable with version {champion['number']}'s: the protocols "
             f"differ in {', '.join(differing)}"

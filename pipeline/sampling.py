@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core import UNet, make_image_noise, sample_ddim
+from diffusion_core import Diffusion, UNet, make_image_noise, sample_ddim
 from pipeline.loader import keyed_seed
 from pipeline.models import make_diffusion
 from pipeline.settings import Config
@@ -18,6 +18,7 @@ def sample_items(
     model: UNet,
     numbers: range,
     *,
+    diffusion: Diffusion | None = None,
     class_labels: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -29,6 +30,7 @@ def sample_items(
         config: shape, process and the settings of `evaluate`.
         model: the network; it is put in eval mode.
         numbers: of the samples.
+        diffusion: the process, where it is not the config's.
         class_labels: int64 [N], for a network that is told the class.
         on_step: told the number of steps done and the samples at each.
     """
@@ -39,7 +41,7 @@ def sample_items(
     if not config.data.is_sequence:
         noise = noise.contiguous(memory_format=torch.channels_last)
     return sample_ddim(
-        make_diffusion(config, model.config.num_classes).to(device),
+        (diffusion or make_diffusion(config, model.config.num_classes)).to(device),
         model.eval(),
         noise.to(device),
         num_steps=settings.num_steps,

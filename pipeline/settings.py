@@ -5,6 +5,7 @@ imports torch or Ray, so that `plan` and a fully cached run answer at once.
 """
 
 import math
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -26,6 +27,10 @@ CACHE_BYTES = 64 << 30
 NOT_OF_THE_DATA_SET = {"sources", "shuffle_window", "cache_bytes"}
 MAX_PATIENCE_S = 480.0  # ranks give each other up after ten minutes
 LABEL_FIELD = "label"
+TRAINED_EXTRACTORS = ("classifier", "self_supervised")
+EXTRACTORS = (*TRAINED_EXTRACTORS, "inception")
+SMALL_WIDTH, MAX_SMALL_WIDTH = 16, 512  # features of those
+INCEPTION_WIDTHS = (64, 192, 768, 2048)
 _OF_IMAGES = (
     "mode",
     "fit",
@@ -35,6 +40,9 @@ _OF_IMAGES = (
     "max_pixels",
     "min_resolution_px",
 )
+
+
+_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # package.module:factory
 
 
 def _check_label(value: Any) -> Any:
@@ -344,13 +352,76 @@ class TrainConfig(Section):
 
 
 class FeaturesConfig(Section):
-    """The classifier whose penultimate layer is the feature space of the score."""
+    """The feature space of the score: what extracts it, and how an extractor of ours is trained."""
 
-    width: int = Field(default=16, ge=2, le=512, description="number of features")
-    num_steps: Positive = 600
+    extractor: str = Field(
+        default="classifier",
+        description="classifier (learns from labels), self_supervised (needs none), inception, or "
+        "package.module:factory of one's own",
+    )
+    width: int | None = Field(
+        default=None,
+        ge=2,
+        description="number of features; none: 16, of inception 2048, of one's own what it returns",
+    )
+    weights: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of inception or of one's own: path, relative to the config file, or URI",
+    )
+    weights_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="that the file of weights must have"
+    )
+    num_steps: Positive = Field(default=600, description="of training it, as what follows")
     batch_size: Positive = 128
     learning_rate: float = Field(default=3e-3, gt=0)
     seed: Seed = 0
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it learns from the data set."""
+        return self.extractor in TRAINED_EXTRACTORS
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is code of the user's."""
+        return ":" in self.extractor
+
+    @property
+    def num_features(self) -> int | None:
+        """Of each item; None where the user's own extractor tells only when it is there."""
+        if self.width is not None or self.is_own:
+            return self.width
+        return SMALL_WIDTH if self.is_trained else max(INCEPTION_WIDTHS)
+
+    @model_validator(mode="after")
+    def _one_of_the_extractors(self) -> Self:
+        if self.extractor not in EXTRACTORS and not _FACTORY.fullmatch(self.extractor):
+            raise ValueError(
+                f"extractor must be one of {', '.join(EXTRACTORS)}, or package.module:factory, got "
+                f"{self.extractor!r}. Change it."
+            )
+        faults = []
+        if self.is_trained and self.width is not None and self.width > MAX_SMALL_WIDTH:
+            faults.append(
+                f"width must be at most {MAX_SMALL_WIDTH} for the extractor {self.extractor}, got "
+                f"{self.width}. Lower it."
+            )
+        if self.extractor == "inception" and self.num_features not in INCEPTION_WIDTHS:
+            widths = ", ".join(map(str, INCEPTION_WIDTHS))
+            faults.append(
+                f"width must be one of {widths} for inception, got {self.width}. Choose one."
+            )
+        if self.is_trained and (self.weights or self.weights_sha256):
+            faults.append(
+                f"weights are those of inception or of one's own extractor, and {self.extractor} "
+                "is trained. Leave weights and weights_sha256 out."
+            )
+        if self.is_own and self.weights_sha256 and not self.weights:
+            faults.append("weights_sha256 is that of weights, which are not given. Give them.")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
 
 class EvaluateConfig(Section):
@@ -365,6 +436,19 @@ class EvaluateConfig(Section):
         default=1.0, ge=0, description="of a network that is told the class; 1 is no guidance"
     )
     seed: Seed = 0
+    allow_few_samples: bool = Field(
+        default=False,
+        description="score with fewer than 10 samples, or test images, a feature; the score's name "
+        "then says so",
+    )
+    interval_reference: Literal["fixed", "sample"] = Field(
+        default="fixed", description="what the interval takes the reference for"
+    )
+    sweep_samples: Positive | None = Field(
+        default=None, description="for each of the scores against sampling steps and against eta"
+    )
+    keep_samples: bool = Field(default=True, description="as Arrow files")
+    use_gpu: bool = Field(default=False, description="to sample")
 
 
 class ClusterConfig(Section):
@@ -409,11 +493,12 @@ class Config(Section):
                 "evaluate.num_steps must not exceed diffusion.num_train_timesteps = "
                 f"{self.diffusion.num_train_timesteps}, got {self.evaluate.num_steps}. Lower it."
             )
-        needed = 10 * self.features.width
-        if self.evaluate.num_samples < needed:
+        needed = 10 * (self.features.num_features or 0)  # else counted when they are known
+        if self.evaluate.num_samples < needed and not self.evaluate.allow_few_samples:
             faults.append(
                 f"evaluate.num_samples must be at least 10 x features.width = {needed}, got "
-                f"{self.evaluate.num_samples}. Raise it or make the features narrower."
+                f"{self.evaluate.num_samples}. Raise it, make the features narrower, or set "
+                "evaluate.allow_few_samples."
             )
         if self.train.validate_every is not None and not self.data.validation_fraction:
             faults.append(

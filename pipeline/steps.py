@@ -4,10 +4,13 @@ A step's version is raised by hand, here, when its code makes something else of 
 inputs; golden tests in `tests/test_steps.py` catch the change that forgets it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from pipeline.settings import NOT_OF_THE_DATA_SET, Config
+from pipeline.settings import NOT_OF_THE_DATA_SET, Config, DataConfig
 from pipeline.sources import InputShard
+from pipeline.subject_kinds import GivenImages, GivenModel, Subject, data_of_images
 from pipeline.workflow import Resources, Step
 
 WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
@@ -30,21 +33,27 @@ NOT_LEARNED = (
 STEP_NAMES = ("preprocess", "features", "reference", "train", "evaluate", "promote", "report")
 
 
-def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
+def make_steps(
+    config: Config,
+    shards: Sequence[InputShard],
+    extractor: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
+) -> list[Step]:
     """The workflow of a config over its shards.
 
     Args:
         config: the whole config.
         shards: the input shards with their hashes.
+        extractor: the hashes of its files, from `identify_extractor`.
+        subject: what is evaluated in place of the config's training; then the workflow ends there.
     """
-    data = config.data.model_dump(mode="json", exclude=NOT_OF_THE_DATA_SET)
     train = config.train
     # The most that an elastic training may take: nothing runs beside it that it would wait for.
     # Whether the fewest fit is for the preflight to say.
     workers = train.max_workers
     sections = {
         name: {f"{name}.{key}": value for key, value in getattr(config, name)}
-        for name in ("model", "diffusion", "train", "features", "evaluate")
+        for name in ("model", "diffusion", "train", "evaluate")
     }
     # The order of items; without a window the keys are those from before there was one.
     window = config.data.shuffle_window
@@ -54,32 +63,25 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
     for key in ("num_workers", "accumulation_steps"):
         if config.model.dropout == 0:  # else each rank and part drops other units
             del sections["train"][f"train.{key}"]
+    del sections["evaluate"]["evaluate.use_gpu"]
     if train.learning_rate_decay == "cosine":  # one that ends elsewhere is another from the start
         sections["train"]["train.decay_steps"] = train.num_steps
-    return [
+    steps = [
         Step(
             name="preprocess",
             version=3,
             function="pipeline.preprocess:preprocess",
-            settings={f"data.{key}": value for key, value in data.items()}
-            | {"shards": {shard.name: shard.sha256 or "unread" for shard in shards}},
+            settings=_preprocess_settings(config.data, shards),
             resources=WHOLE_CLUSTER,
         ),
-        Step(
-            name="features",
-            version=1,
-            function="pipeline.features:train_extractor",
-            settings=sections["features"] | order,
-            inputs=("preprocess",),
-            resources=Resources(cpus=1),
-        ),
+        _features_step(config, order, extractor or {}),
         Step(
             name="reference",
-            version=1,
+            version=2,
             function="pipeline.features:measure_reference",
             settings={},
             inputs=("preprocess", "features"),
-            resources=Resources(cpus=1),
+            resources=WHOLE_CLUSTER,
         ),
         Step(
             name="train",
@@ -94,14 +96,33 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
             ),
             extensible="train.num_steps",
         ),
-        Step(
-            name="evaluate",
-            version=3,
-            function="pipeline.evaluate:evaluate",
-            settings=sections["evaluate"],
-            inputs=("preprocess", "features", "reference", "train"),
-            resources=WHOLE_CLUSTER,
-        ),
+    ]
+    evaluated = ("preprocess", "features", "reference")
+    evaluate = Step(
+        name="evaluate",
+        version=4,
+        function="pipeline.evaluate:evaluate",
+        settings=sections["evaluate"],
+        inputs=(*evaluated, "train"),
+        resources=WHOLE_CLUSTER,
+    )
+    match subject:
+        case GivenModel(key=key):
+            settings = {**evaluate.settings, "model_key": key}
+            return [*steps, replace(evaluate, settings=settings, inputs=evaluated)]
+        case GivenImages(sources=sources, shards=given):
+            images = Step(
+                name="images",
+                version=1,
+                function="pipeline.given_images:preprocess_images",
+                settings=_preprocess_settings(data_of_images(config, sources), given)
+                | {"sources": list(sources)},
+                resources=WHOLE_CLUSTER,
+            )
+            return [*steps, images, replace(evaluate, inputs=(*evaluated, "images"))]
+    return [
+        *steps,
+        evaluate,
         Step(
             name="promote",
             version=1,
@@ -117,3 +138,37 @@ def make_steps(config: Config, shards: Sequence[InputShard]) -> list[Step]:
             inputs=("preprocess", "features", "reference", "train", "evaluate", "promote"),
         ),
     ]
+
+
+def _preprocess_settings(data: DataConfig, shards: Sequence[InputShard]) -> dict[str, Any]:
+    """What determines a data set: the transform, and the input by content."""
+    transform = data.model_dump(mode="json", exclude=NOT_OF_THE_DATA_SET)
+    return {f"data.{key}": value for key, value in transform.items()} | {
+        "shards": {shard.name: shard.sha256 or "unread" for shard in shards}
+    }
+
+
+def _features_step(config: Config, order: Mapping[str, Any], extractor: Mapping[str, str]) -> Step:
+    """Keyed by the data set where the extractor learns from it, else by the files that make it."""
+    features = config.features
+    settings: dict[str, Any] = {
+        "features.extractor": features.extractor,
+        "features.width": features.num_features,
+    }
+    if features.is_trained:
+        names = ("num_steps", "batch_size", "learning_rate", "seed")
+        settings |= {f"features.{name}": getattr(features, name) for name in names}
+        settings |= order
+    else:
+        settings |= {"data.shape": list(config.data.shape), **extractor}
+        if features.is_own:
+            settings["features.seed"] = features.seed
+    return Step(
+        name="features",
+        version=2,
+        function="pipeline.features:make_extractor",
+        settings=settings,
+        inputs=("preprocess",) if features.is_trained else (),
+        after=() if features.is_trained else ("preprocess",),  # too few images are said at once
+        resources=Resources(cpus=1),
+    )

@@ -16,7 +16,7 @@ import pytest
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.features import Classifier
+from pipeline.extractors.small import SmallNetwork
 from pipeline.models import make_unet
 from pipeline.order import sample_ids
 from pipeline.sampling import sample_items
@@ -35,10 +35,10 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
     assert UNIT_VERSION == 3
     assert {step.name: step.version for step in steps} == {
         "preprocess": 3,
-        "features": 1,
-        "reference": 1,
+        "features": 2,
+        "reference": 2,
         "train": 3,
-        "evaluate": 3,
+        "evaluate": 4,
         "promote": 1,
         "report": 1,
     }
@@ -81,6 +81,34 @@ def test_scores_beside_training_come_after_their_reference_and_change_no_key(
     assert (plain.after, plain.resources.cpus + 1) == ((), scored.resources.cpus)
 
 
+def test_an_extractor_that_learns_nothing_from_the_data_outlives_them(tiny_config: Path) -> None:
+    def made(*overrides: str) -> Step:
+        config = load_config(tiny_config, ["evaluate.num_samples=20480", *overrides])
+        steps = make_steps(config, [], {"features.weights": "w"})
+        return next(step for step in steps if step.name == "features")
+
+    width = "features.width=4"
+    for learns in ("classifier", "self_supervised"):
+        plain = made(f"features.extractor={learns}", width)
+        assert (plain.inputs, plain.after) == (("preprocess",), ())
+        assert "features.weights" not in plain.settings
+        windowed = made(f"features.extractor={learns}", width, "data.shuffle_window=64")
+        assert windowed.settings == {**plain.settings, "data.shuffle_window": 64}
+    inception = made("features.extractor=inception", "features.width=64")
+    assert (inception.inputs, inception.after) == ((), ("preprocess",))
+    assert dict(inception.settings) == {
+        "features.extractor": "inception", "features.width": 64, "features.weights": "w",
+        "data.shape": [1, 8, 8],
+    }  # fmt: skip
+    same = made("features.extractor=inception", "features.width=64", "features.num_steps=9")
+    assert same == inception
+    own, other = (made("features.extractor=a.b:c", width, f"features.seed={k}") for k in (0, 1))
+    assert own.settings != other.settings
+    assert made("features.extractor=inception", "features.width=2048") == made(
+        "features.extractor=inception", "features.width=2048", "data.shuffle_window=64"
+    )
+
+
 def test_preprocess(tiny_config: Path, tmp_path: Path) -> None:
     config = load_config(tiny_config)
     storage = LocalStorage(str(tmp_path))
@@ -108,7 +136,7 @@ def test_train_and_evaluate(
 
 
 def test_features_keep_their_shape_and_order() -> None:
-    parameters = {name: list(p.shape) for name, p in Classifier(1, 4, 10).named_parameters()}
+    parameters = {name: list(p.shape) for name, p in SmallNetwork(1, 4, 10).named_parameters()}
     digest = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:16]
     order = sample_ids(0, np.arange(8), 100).tolist()
     assert (digest, order) == (GOLDEN_CLASSIFIER, GOLDEN_ORDER)

@@ -3,6 +3,7 @@
 One Ray cluster and two `fit()`s for everything here, so the tests share one run.
 """
 
+import io
 import json
 import re
 import shutil
@@ -10,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
@@ -35,7 +38,8 @@ class Story:
     def __init__(self, directory: Path, address: str) -> None:
         self.directory = directory
         self.config_path = directory / "tiny.toml"
-        self.config_path.write_text(TINY.format(sources=DIGITS / "digits-*.tar"))
+        text = TINY.format(sources=DIGITS / "digits-*.tar")
+        self.config_path.write_text(text + "sweep_samples = 64\n")
         # A package of the name in the directory where jobs are started must not matter.
         (directory / "pipeline").mkdir()
         (directory / "pipeline" / "__init__.py").write_text("raise RuntimeError('not ours')")
@@ -101,7 +105,7 @@ def test_training_continued_from_a_checkpoint(story: Story) -> None:
 
 
 def test_evaluation_kept_the_images_it_had_drawn(story: Story) -> None:
-    first = re.search(r"evaluate +(\d+) of 256 images", story.last_lines)
+    first = re.search(r"evaluate +(\d+) of 896 samples", story.last_lines)
     assert first is not None, story.last_lines
     assert int(first[1]) >= 64
 
@@ -132,6 +136,69 @@ def test_the_score_has_its_protocol_floor_and_ceiling(story: Story) -> None:
     assert story.last["metrics"]["features"]["validation_accuracy"] > 0.5
 
 
+def test_the_record_has_all_scores(story: Story) -> None:
+    manifest = story.manifest("evaluate")
+    record = json.loads(read_artifact(story.storage, manifest, "score.json"))
+    assert record == story.last["metrics"]["evaluate"]
+    assert record["unbiased"]["low"] <= record["unbiased"]["value"] <= record["unbiased"]["high"]
+    assert record["unbiased"]["value"] < record["value"]
+    assert record["kid"]["metric"] == "kid[classifier]"
+    assert 1 < record["inception_score"]["value"] <= 10
+    assert 0 <= record["precision_recall"]["recall"] <= 1
+    assert record["degenerate"] == {"count": 128, "constant": 0, "black": 0, "not_finite": 0}
+    assert not record["copies"]["is_memorising"]
+    assert len(record["copies"]["nearest"]) == 8
+    assert [x for x, _ in record["sweeps"]["num_steps"]] == [5, 10, 20, 50, 100]
+    assert record["sweeps"]["eta"][0][1] == pytest.approx(record["sweeps"]["num_steps"][1][1])
+
+
+def test_the_same_network_as_a_model_folder_scores_the_same(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    exported = run_cli("export", story.arguments[0], "--output", "exported", cwd=story.directory)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    done = run_cli(
+        "evaluate", *story.arguments, "--checkpoint", "exported", "--json", cwd=story.directory
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = {step["step"]: step["action"] for step in json.loads(done.stdout)["steps"]}
+    assert steps == {"preprocess": "cached", "features": "cached", "reference": "cached",
+                     "evaluate": "run"}  # fmt: skip
+    ours = story.last["metrics"]["evaluate"]
+    theirs = json.loads(done.stdout)["metrics"]["evaluate"]
+    assert theirs["value"] == pytest.approx(ours["value"], rel=1e-9)
+    assert theirs["ceiling"] is None
+    assert (theirs["protocol"]["ema_decay"], ours["protocol"]["ema_decay"]) == (None, 0.999)
+
+
+def test_the_samples_as_images_score_the_same_and_do_not_compare(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    content = read_artifact(story.storage, story.manifest("evaluate"), "samples-00000.arrow")
+    samples = pa.ipc.open_file(io.BytesIO(content)).read_all()["image"].chunk(0)
+    (story.directory / "pictures").mkdir()
+    for k, pixels in enumerate(samples.to_numpy_ndarray()):
+        Image.fromarray(pixels[0]).save(story.directory / "pictures" / f"{k:03d}.png")
+    done = run_cli(
+        "evaluate", *story.arguments, "--images", "pictures", "--json", cwd=story.directory
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["metrics"]["images"]["counts"]["train"] == 128
+    ours, theirs = story.last["metrics"]["evaluate"], found["metrics"]["evaluate"]
+    assert theirs["value"] == pytest.approx(ours["value"], rel=1e-9)
+    assert theirs["precision_recall"]["count"] == ours["precision_recall"]["count"]
+
+    (story.directory / "score.json").write_text(json.dumps(theirs))
+    runs = ("compare", story.last["run"], "score.json")
+    refused = run_cli(*runs, cwd=story.directory)
+    assert refused.returncode == 6, refused.stdout + refused.stderr
+    assert "different protocols and do not compare (seed: 0 and null;" in refused.stderr
+    same = run_cli("compare", story.arguments[0], story.last["run"], cwd=story.directory)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "The scores are equal." in same.stdout
+
+
 def test_a_third_of_the_images_is_held_out(story: Story) -> None:
     counts = story.last["metrics"]["preprocess"]["counts"]
     held_out = counts["validation"] + counts["test"]
@@ -150,8 +217,8 @@ def test_the_first_version_is_champion(story: Story) -> None:
 def test_the_report_needs_no_other_file(story: Story) -> None:
     text = Path(story.last["report"]).read_text()
     assert "fid[classifier]" in text
-    assert text.count("data:image/png;base64,") == 4
-    assert text.count("<svg") == 3
+    assert text.count("data:image/png;base64,") == 8
+    assert text.count("<svg") == 5
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', text) == []
     for name in ("reference_count", "extractor_sha256", "spacing", "torchmetrics"):
         assert name in text

@@ -1,17 +1,23 @@
 """The step `report`: everything about a run on one page that needs no other file."""
 
-import io
 import json
 import time
 from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow as pa
 import safetensors.numpy
 
 from pipeline.models import make_diffusion
-from pipeline.report.plots import image_grid, loss_curve, schedule_curve, score_curve, score_scale
+from pipeline.report.plots import (
+    draw_uri,
+    loss_curve,
+    schedule_curve,
+    score_curve,
+    score_scale,
+    sweep_curve,
+)
+from pipeline.scores import show_number
 from pipeline.workflow import StepContext
 
 COLUMNS, SHOWN = 8, 64
@@ -23,7 +29,6 @@ def report(context: StepContext) -> dict[str, Any]:
     inputs, config = context.inputs, context.config
     score = inputs["evaluate"]["metrics"]
     pictures = safetensors.numpy.load(context.read_input("evaluate", "pictures.safetensors"))
-    samples = _read_images(context.read_input("evaluate", "samples.arrow"))
     history = [
         json.loads(line) for line in context.read_input("train", "metrics.jsonl").splitlines()
     ]
@@ -45,18 +50,49 @@ def report(context: StepContext) -> dict[str, Any]:
         versions=inputs["evaluate"]["versions"],
         host=inputs["train"]["host"],
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        samples=image_grid(samples[:SHOWN], COLUMNS, TILE_PX),
-        real=image_grid(pictures["real"][:SHOWN], COLUMNS, TILE_PX),
-        noising=image_grid(pictures["noising"], len(pictures["noising"]), STRIP_TILE_PX),
-        denoising=image_grid(pictures["denoising"], len(pictures["denoising"]), STRIP_TILE_PX),
+        **_draw_pictures(pictures),
         loss=loss_curve([h["global_step"] for h in history], [h["loss"] for h in history]),
         scores=scores,
         score_curve=_draw_scores(scores),
         schedule=schedule_curve(make_diffusion(config).schedule),
         scale=score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),
+        sweeps=[
+            (name, sweep_curve([x for x, _ in points], [y for _, y in points], name, score))
+            for name, points in score["sweeps"].items()
+        ],
     )
     context.write_artifact("report.html", page.encode())
     return {"bytes": len(page)}
+
+
+def _draw_pictures(pictures: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The pictures of the step `evaluate` as data URIs, by what they show."""
+
+    def strip(items: np.ndarray) -> str:
+        return draw_uri(items, len(items), STRIP_TILE_PX)
+
+    def named(prefix: str) -> list[tuple[str, np.ndarray]]:
+        found = [name for name in pictures if name.startswith(prefix)]
+        return [
+            (name.removeprefix(prefix), pictures[name])
+            for name in sorted(found, key=lambda name: int(name.removeprefix(prefix)))
+        ]
+
+    drawn: dict[str, Any] = {
+        "samples": draw_uri(pictures["samples"], COLUMNS, TILE_PX),
+        "real": draw_uri(pictures["real"][:SHOWN], COLUMNS, TILE_PX),
+        "by_class": [(label, strip(items)) for label, items in named("class-")],
+        "interpolations": [strip(items) for _, items in named("interpolation-")],
+        "neighbours": None,
+    }
+    for name in ("noising", "denoising"):
+        drawn[name] = strip(pictures[name]) if name in pictures else None
+    if "copied" in pictures:
+        rows = np.concatenate([pictures["copied"][:, None], pictures["neighbours"]], axis=1)
+        drawn["neighbours"] = draw_uri(
+            rows.reshape(-1, *rows.shape[2:]), rows.shape[1], STRIP_TILE_PX
+        )
+    return drawn
 
 
 def _draw_scores(scores: list[dict[str, Any]]) -> str | None:
@@ -75,12 +111,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["number"] = show_number
     return environment.get_template(template).render(**values)
-
-
-def _read_images(content: bytes) -> np.ndarray:
-    table = pa.ipc.open_file(io.BytesIO(content)).read_all()
-    return table["image"].chunk(0).to_numpy_ndarray()
 
 
 def _config_text(config: dict[str, Any]) -> str:

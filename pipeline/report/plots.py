@@ -3,23 +3,30 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from diffusion_core import NoiseSchedule
+from pipeline.scores import show_number
 
 INK, ACCENT, MUTED = "#1f2933", "#0b6e99", "#9aa5b1"
 LEAST_SCORE = 1e-4  # on a log axis: rounding may make a score of nearly equal sets negative
+SWEPT = {"num_steps": "DDIM steps", "eta": "eta: noise put back at each step"}
 SMOOTHED_SHARE = 0.05  # of the curve that one point of the smoothed line averages
 
 
-def image_grid(images: np.ndarray, columns: int, tile_px: int, gap_px: int = 4) -> str:
-    """A grid of uint8 images [N, C, H, W] as a PNG data URI; see `draw_grid`."""
-    content = draw_grid(images, columns, tile_px, gap_px)
+def draw_uri(items: np.ndarray, columns: int, tile_px: int) -> str:
+    """A grid of uint8 images [N, C, H, W] or of float32 sequences [N, C, L] as a PNG data URI."""
+    if items.dtype == np.uint8:
+        content = draw_grid(items, columns, tile_px)
+    else:
+        content = draw_sequences(items, columns)
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
@@ -107,6 +114,32 @@ def schedule_curve(schedule: NoiseSchedule) -> str:
     return to_svg(figure)
 
 
+def sweep_curve(
+    settings: Sequence[float], values: Sequence[float], name: str, score: Mapping[str, Any]
+) -> str:
+    """Scores against a setting of the sampler, with the one that the model is scored with, as SVG.
+
+    Args:
+        settings: that were tried.
+        values: of the score at each.
+        name: of the setting.
+        score: the record, whose protocol has the setting that counts.
+    """
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(settings, [max(value, LEAST_SCORE) for value in values], "o-", color=ACCENT)
+    axes.axhline(max(score["floor"], LEAST_SCORE), color=MUTED, linewidth=0.8, label="floor")
+    axes.axvline(score["protocol"][name], color=INK, linewidth=0.8, linestyle=":", label="scored")
+    axes.set(xlabel=SWEPT[name], ylabel=score["metric"], yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    if max(values) < 10 * max(score["floor"], LEAST_SCORE):  # else the labels would overlap
+        axes.yaxis.set_minor_formatter("{x:g}")
+    else:
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False)
+    return to_svg(figure)
+
+
 def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
     """Where a score lies between its floor and its ceiling, on a log axis, as SVG."""
     figure = Figure(figsize=(10.5, 1.5), layout="constrained")
@@ -116,9 +149,9 @@ def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
     axes.spines["left"].set_visible(False)
     axes.axhline(0, color=MUTED, linewidth=1, zorder=0)
     for x, label, height, colour in (  # at two heights, for floor and value may be close
-        (floor, f"real images: {floor:.2f}", -1.1, INK),
-        (value, f"this model: {value:.2f}", 0.55, ACCENT),
-        (ceiling, f"untrained: {ceiling:.1f}", -1.1, INK),
+        (floor, f"real images: {show_number(floor)}", -1.1, INK),
+        (value, f"this model: {show_number(value)}", 0.55, ACCENT),
+        (ceiling, f"untrained: {show_number(ceiling)}", -1.1, INK),
     ):
         axes.plot([max(x, low)], [0], "o", color=colour, markersize=9)
         axes.annotate(label, (max(x, low), height), ha="center", color=colour, fontsize=10)

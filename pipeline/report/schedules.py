@@ -16,7 +16,7 @@ from diffusion_core.schedules import SCHEDULES
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.models import make_diffusion
 from pipeline.report.page import render
-from pipeline.report.plots import MUTED, image_grid, to_svg
+from pipeline.report.plots import MUTED, draw_uri, to_svg
 from pipeline.sampling import quantise
 from pipeline.settings import Config
 
@@ -124,7 +124,7 @@ def _strip(schedule: NoiseSchedule, pixels: np.ndarray) -> str:
     x_start = torch.from_numpy(pixels).float().div(127.5).sub(1).expand(SHOWN_STEPS, *pixels.shape)
     noise, _ = make_image_noise(pixels.shape, [0])
     noised = Diffusion(schedule, "pred_v").q_sample(x_start, t, noise.expand_as(x_start))
-    return image_grid(quantise(noised), SHOWN_STEPS, IMAGE_PX)
+    return draw_uri(quantise(noised), SHOWN_STEPS, IMAGE_PX)
 
 
 def _read_image(path: Path) -> np.ndarray:

@@ -108,6 +108,26 @@ def test_starts_from_noise_alone_without_dividing_by_it(sampler, steps: int) -> 
     assert float(x.abs().max()) <= 1
 
 
+def test_interpolation_of_each_in_a_batch_is_that_of_one() -> None:
+    diffusion = Diffusion(SCHEDULE, "pred_x0")
+    x_1, x_2, noise = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64).clamp(-1, 1)
+    weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
+
+    def go(at: slice, weight: float | torch.Tensor) -> torch.Tensor:
+        return interpolate(
+            diffusion, lambda x, t: x.tanh(), x_1[at], x_2[at], t=60, weight=weight,
+            noise=noise[at], num_steps=7,
+        )  # fmt: skip
+
+    together = go(slice(None), weights)
+    apart = [go(slice(0, 1), 0.25), go(slice(1, 2), 0.75)]
+    assert torch.allclose(together, torch.cat(apart), atol=1e-12)
+    with pytest.raises(ValueError, match=r"num_steps must be within 1\.\.4 for t = 3, got 5"):
+        interpolate(
+            diffusion, zeros, x_1, x_2, t=3, weight=0.5, noise=noise, num_steps=5
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_interpolation_ends_at_its_images(weight: float) -> None:
     # One image is all the data there is: the ideal network knows it.

@@ -186,3 +186,69 @@ def test_scores_beside_training_need_images_that_are_held_out(tmp_path: Path) ->
     sequences = MINIMAL.replace("resolution = 32", "sequence_shape = [2, 64]")
     with pytest.raises(ConfigError, match=r"train\.fid_every scores images, and data\.sequence_sh"):
         load_config(write(tmp_path, sequences), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["extractor=vgg"],
+            "features: extractor must be one of classifier, self_supervised, incep",
+        ),
+        (["extractor=a.b:"], "or package.module:factory, got 'a.b:'"),
+        (["extractor=a b:c"], "or package.module:factory, got 'a b:c'"),
+        (["extractor=.a:c"], "or package.module:factory, got '.a:c'"),
+        (["width=513"], "width must be at most 512 for the extractor classifier, got 513"),
+        (["width=1"], "features.width should be greater than or equal to 2, got 1"),
+        (["extractor=inception", "width=100"], "width must be one of 64, 192, 768, 2048 for incep"),
+        (["weights=w.pth"], "weights are those of inception or of one's own extractor"),
+        (
+            ["extractor=self_supervised", f"weights_sha256={'a' * 64}"],
+            "and self_supervised is trai",
+        ),
+        (
+            ["extractor=a:b", f"weights_sha256={'a' * 64}"],
+            "weights_sha256 is that of weights, which",
+        ),
+        (["extractor=inception", "weights_sha256=ABC"], "features.weights_sha256 "),
+        (
+            ["extractor=inception"],
+            "evaluate.num_samples must be at least 10 x features.width = 20480",
+        ),
+    ],
+)
+def test_an_extractor_that_cannot_be_is_refused(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), [f"features.{text}" for text in settings])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extractor", "width", "found"),
+    [
+        ("classifier", None, 16), ("self_supervised", None, 16), ("self_supervised", 5, 5),
+        ("inception", None, 2048), ("inception", 192, 192), ("a.b_1:make", None, None),
+        ("a:b", 7, 7),
+    ],
+)  # fmt: skip
+def test_the_number_of_features_is_that_of_the_extractor_unless_it_is_given(
+    tmp_path: Path, extractor: str, width: int | None, found: int | None
+) -> None:
+    given = [] if width is None else [f"features.width={width}"]
+    given += [f"features.extractor={extractor}", "evaluate.num_samples=20480"]
+    assert load_config(write(tmp_path, MINIMAL), given).features.num_features == found
+
+
+def test_weights_are_beside_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for weights, found in (
+        ("w.pth", f"{tmp_path}/w.pth"),
+        ("[1]/w.pth", f"{tmp_path}/[1]/w.pth"),
+        ("~/w.pth", f"{tmp_path}/home/w.pth"),
+        ("~nobody-is-called-so/w.pth", f"{tmp_path}/~nobody-is-called-so/w.pth"),
+        ("s3://b/w.pth", "s3://b/w.pth"),
+    ):
+        settings = ["features.extractor=a:b", f"features.weights={weights}"]
+        assert load_config(write(tmp_path, MINIMAL), settings).features.weights == found

@@ -18,7 +18,7 @@ from pipeline import fid_validation
 from pipeline.checkpoints import to_safetensors
 from pipeline.config import load_config
 from pipeline.errors import DataError, EvaluationError, StorageError
-from pipeline.features import Classifier
+from pipeline.extractors.small import SmallNetwork
 from pipeline.fid_validation import Scorer, score_weights, scores_beside
 from pipeline.fid_weights import WeightsHandover
 from pipeline.models import make_unet
@@ -75,13 +75,15 @@ def make_network(config: Config, seed: int) -> UNet:
 class Training:
     """A storage root with the steps before training, and rank 0 with a network."""
 
-    def __init__(self, root: Path, config_path: Path, *settings: str) -> None:
+    def __init__(
+        self, root: Path, config_path: Path, *settings: str, num_features: int = 4
+    ) -> None:
         self.config: Config = load_config(config_path, [*SETTINGS, *settings])
         self.storage = LocalStorage(str(root))
         self.notes: list[str] = []
         torch.manual_seed(0)
-        weights = to_safetensors(Classifier(1, 4, 10).state_dict())
-        drawn = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+        weights = to_safetensors(SmallNetwork(1, num_features, 10).state_dict())
+        drawn = np.random.default_rng(0).normal(size=(60, num_features)).astype(np.float32)
         found = {
             f"{split}/a": torch.from_numpy(drawn.copy())
             for split in ("train", "validation", "test")
@@ -89,8 +91,9 @@ class Training:
         inputs: dict[str, Mapping[str, Any]] = {
             "preprocess": self._finish("preprocess", {}),
             "features": self._finish(
-                "features", {"classifier.safetensors": weights},
-                extractor="classifier", channels=1, num_features=4, num_classes=10,
+                "features", {"extractor.safetensors": weights},
+                extractor="classifier", channels=1, num_features=num_features, num_classes=10,
+                classifies=True,
             ),
             "reference": self._finish(
                 "reference", {"features.safetensors": safetensors.torch.save(found)},
@@ -368,4 +371,4 @@ def test_a_thin_reference_is_refused(tmp_path: Path, tiny_config: Path) -> None:
         r"needs 10 x features\.width = 70 validation images as its reference, and there are 60"
     )
     with pytest.raises(DataError, match=message):
-        Training(tmp_path / "root", tiny_config, "features.width=7")
+        Training(tmp_path / "root", tiny_config, num_features=7)

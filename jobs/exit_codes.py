@@ -1,0 +1,30 @@
+"""Errors as sentences and exit codes."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from jobs.results import print_json
+from pipeline.errors import RaydiffusionError
+
+INTERRUPTED_EXIT_CODE = 130
+KEPT = "Interrupted. Finished steps and checkpoints are kept; the same command continues."
+
+
+@contextlib.contextmanager
+def errors_to_exit_codes(as_json: bool, on_interrupt: str = KEPT) -> Iterator[None]:
+    """The one place where errors become sentences and exit codes."""
+    try:
+        yield
+    except RaydiffusionError as error:
+        if as_json:
+            print_json({"error": str(error), "exit_code": error.exit_code})
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
+        typer.echo(on_interrupt, err=True)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED_EXIT_CODE)  # threads of running steps must not hold us up

@@ -1,0 +1,117 @@
+"""What a report shows of a model beside its scores, as uint8 images or float32 sequences."""
+
+import contextlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_core import interpolate, make_image_noise
+from pipeline.copy_search import Copies
+from pipeline.dataset import open_split
+from pipeline.gallery import SHOWN, Gallery
+from pipeline.sampling import quantise, sample_items, spread_labels
+from pipeline.subjects import Network, Source, load_network
+from pipeline.workflow import StepContext
+
+STRIP_LENGTH = 10
+REFERENCE_SPLIT = "test"
+INTERPOLATED_AT = 0.5  # of T: far enough that the network fills in, near enough to come back
+INTERPOLATION_STEPS = 50
+PAIRS = 3
+
+
+def draw_pictures(
+    context: StepContext, source: Source, seen: Gallery, copies: Copies | None
+) -> dict[str, np.ndarray]:
+    """Arrays by name.
+
+    `samples` and `real` for grids; `class-3` the samples of class 3; `copied` and `neighbours`, the
+    samples nearest to training images and these; and, where there is a network, `noising`,
+    `denoising` and `interpolation-0`, ...
+
+    Args:
+        context: of the step `evaluate`.
+        source: of the samples.
+        seen: of the samples.
+        copies: where they were looked for.
+    """
+    config = context.config
+    data, cache_bytes = dict(context.inputs["preprocess"]), config.data.cache_bytes
+    test = open_split(context.storage, data, REFERENCE_SPLIT, whole=False, cache_bytes=cache_bytes)
+    with contextlib.closing(test):
+        real = test.gather(np.arange(min(len(test), SHOWN)))
+    pictures = {"samples": seen.first[:SHOWN], "real": real}
+    pictures |= {f"class-{label}": items for label, items in seen.by_class.items()}
+    if copies is not None:
+        pictures["copied"] = seen.first[list(copies.shown)]
+        pictures["neighbours"] = copies.neighbours
+    if source.kind != "images":
+        network = load_network(context.storage, config, source)
+        with torch.inference_mode():
+            pictures["noising"] = _noise_one(network, real[0])
+            pictures["denoising"] = _denoise_one(context, network)
+            for k in range(min(PAIRS, len(real) // 2)):
+                pictures[f"interpolation-{k}"] = _interpolate(network, real[2 * k : 2 * k + 2], k)
+    return pictures
+
+
+def _noise_one(network: Network, item: np.ndarray) -> np.ndarray:
+    """An item at evenly spaced timesteps of the forward process, with one noise."""
+    diffusion = network.diffusion
+    t = torch.linspace(0, diffusion.num_train_timesteps - 1, STRIP_LENGTH).round().long()
+    x_start = _to_x(item[None]).expand(STRIP_LENGTH, *item.shape)
+    noise, _ = make_image_noise(item.shape, [0])
+    return _from_x(diffusion.q_sample(x_start, t, noise.expand_as(x_start)), item.dtype)
+
+
+def _denoise_one(context: StepContext, network: Network) -> np.ndarray:
+    """The first sample on its way from noise."""
+    config, num_steps = context.config, context.config.evaluate.num_steps
+    labels = None
+    if network.counts is not None:
+        labels = spread_labels(network.counts, range(1), config.evaluate.num_samples)
+    shown = set(np.linspace(1, num_steps, STRIP_LENGTH).round().astype(int).tolist())
+    dtype = np.dtype(np.float32 if config.data.is_sequence else np.uint8)
+    states: list[np.ndarray] = []
+
+    def keep(k: int, x: Tensor) -> None:
+        if k in shown:
+            states.append(_from_x(x, dtype)[0])
+
+    sample_items(
+        config,
+        network.model,
+        range(1),
+        diffusion=network.diffusion,
+        class_labels=labels,
+        on_step=keep,
+    )
+    return np.stack(states)
+
+
+def _interpolate(network: Network, pair: np.ndarray, seed: int) -> np.ndarray:
+    """From one real item to another: both ends as they are, and what lies between."""
+    x = _to_x(pair)
+    noise, _ = make_image_noise(pair.shape[1:], [seed])
+    t = int(INTERPOLATED_AT * network.diffusion.num_train_timesteps)
+    weights = torch.linspace(0, 1, STRIP_LENGTH - 2)
+    between = interpolate(
+        network.diffusion,
+        network.model,
+        *(x[k : k + 1].expand(len(weights), *x.shape[1:]) for k in (0, 1)),
+        t=t,
+        weight=weights,
+        noise=noise.expand(len(weights), *x.shape[1:]),
+        num_steps=min(INTERPOLATION_STEPS, t + 1),
+    )
+    return np.concatenate([pair[:1], _from_x(between, pair.dtype), pair[1:]])
+
+
+def _to_x(items: np.ndarray) -> Tensor:
+    x = torch.from_numpy(items).float()
+    return x.div(127.5).sub(1) if items.dtype == np.uint8 else x
+
+
+def _from_x(x: Tensor, dtype: np.dtype) -> np.ndarray:
+    return quantise(x) if dtype == np.uint8 else x.cpu().numpy()

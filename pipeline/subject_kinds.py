@@ -1,0 +1,39 @@
+"""What may be evaluated in place of a config's training. Nothing here imports torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.settings import Config, DataConfig
+from pipeline.sources import InputShard
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """A model made elsewhere, copied into the storage root under the hash of its content."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class GivenImages:
+    """Images in place of samples: where they are, and the shards they make."""
+
+    sources: tuple[str, ...]
+    shards: tuple[InputShard, ...]
+
+
+Subject = GivenModel | GivenImages
+
+
+def data_of_images(config: Config, sources: Sequence[str]) -> DataConfig:
+    """The data set's own transform, over other sources, with all items in one split."""
+    changed = {
+        "sources": tuple(sources),
+        "validation_fraction": 0.0,
+        "test_fraction": 0.0,
+        "include_labels": (),
+        "require_labels": False,
+        "drop_duplicates": False,
+        "min_resolution_px": 1,
+    }
+    return config.data.model_copy(update=changed)

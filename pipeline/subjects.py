@@ -1,0 +1,193 @@
+"""What is evaluated: the config's own training, a model made elsewhere, or images.
+
+A model made elsewhere is copied into the storage root by its content, where every node reads it.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+
+from diffusion_core import Diffusion, UNet
+from pipeline.dataset import class_counts, read_dataset
+from pipeline.errors import DataError
+from pipeline.exchange import import_checkpoint
+from pipeline.model_folder import MODEL_FILE, load_model, read_document, read_weights
+from pipeline.models import make_diffusion, make_unet
+from pipeline.protocol import OF_IMAGES, sampling_protocol
+from pipeline.settings import Config
+from pipeline.storage import Storage
+from pipeline.subject_kinds import GivenModel
+from pipeline.workflow import StepContext, read_artifact
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in evaluation mode with its process, and whose classes it is told."""
+
+    model: UNet
+    diffusion: Diffusion
+    counts: dict[int, int] | None  # training images by label
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from; JSON.
+
+    Args:
+        kind: the network of the config's training, one made elsewhere, one that learned nothing, or
+            images that were given.
+        key: of a model made elsewhere.
+        manifest: of the step `train`, or of the step `images`.
+        counts: training images by label, where the network is told the class.
+    """
+
+    kind: Literal["training", "model", "untrained", "images"]
+    key: str | None = None
+    manifest: Mapping[str, Any] | None = None
+    counts: Mapping[str, int] | None = None
+
+    def to_json(self) -> str:
+        """As it is sent to workers."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def find_source(context: StepContext) -> Source:
+    """What the step `evaluate` draws its samples from.
+
+    Raises:
+        DataError: a model made elsewhere knows other classes than the data set has.
+    """
+    storage, data = context.storage, context.inputs["preprocess"]
+    if "images" in context.inputs:
+        return Source("images", manifest=context.inputs["images"])
+    if (key := context.planned.step.settings.get("model_key")) is not None:
+        return Source(
+            "model", key=key, counts=_count_labels(storage, data, _read_unet(storage, key))
+        )
+    counts = None
+    if context.config.model.class_conditional:
+        counts = _by_name(class_counts(read_dataset(storage, data), "train"))
+    return Source("training", manifest=context.inputs["train"], counts=counts)
+
+
+def sampling_of(context: StepContext) -> dict[str, Any]:
+    """How the samples of the step `evaluate` are made, for the protocol."""
+    if "images" in context.inputs:
+        return OF_IMAGES
+    if (key := context.planned.step.settings.get("model_key")) is not None:
+        document = json.loads(context.storage.read(f"{_directory(key)}/{MODEL_FILE}"))
+        weights = "ema" if "ema" in document["weights"] else "model"
+        return sampling_protocol(context.config, weights=weights, ema_decay=None)
+    return sampling_protocol(context.config, ema_decay=context.config.train.ema_decay)
+
+
+def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:
+    """Copies a model made elsewhere into the storage root.
+
+    Args:
+        path: a model folder, or a checkpoint that `raydiffusion import` reads without options.
+        config: whose data set it is evaluated on.
+        storage: the root.
+
+    Raises:
+        DataError: it is none, is damaged, or makes other images than those of the data set.
+        StorageError: the root cannot be written.
+    """
+    if not path.is_dir():
+        with tempfile.TemporaryDirectory() as directory:
+            import_checkpoint(path, Path(directory, "model"))
+            return _copy_folder(Path(directory, "model"), path.name, config, storage)
+    return _copy_folder(path, path.name, config, storage)
+
+
+def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> GivenModel:
+    document, weights = read_document(folder), read_weights(folder, read_document(folder))
+    unet, data = document.unet, config.data
+    factor = 2 ** (len(unet.dim_mults) - 1)
+    fault = None
+    if (unet.channels, unet.is_sequence) != (data.channels, data.is_sequence):
+        kinds = [
+            f"{'sequences' if is_sequence else 'images'} of {channels} channel"
+            + ("s" if channels > 1 else "")
+            for channels, is_sequence in (
+                (unet.channels, unet.is_sequence),
+                (data.channels, data.is_sequence),
+            )
+        ]
+        fault = f"it makes {kinds[0]}, and the data set has {kinds[1]}"
+    elif data.shape[-1] % factor:
+        fault = f"its network needs sizes divisible by {factor}, and the data set has {data.shape}"
+    elif config.evaluate.num_steps > document.schedule.num_train_timesteps:
+        fault = (
+            f"it has {document.schedule.num_train_timesteps} timesteps, fewer than "
+            f"evaluate.num_steps = {config.evaluate.num_steps}"
+        )
+    if fault is not None:
+        raise DataError(
+            f"{name} cannot be evaluated with this config: {fault}. Give the config of its data "
+            "set."
+        )
+    content = (folder / MODEL_FILE).read_bytes()
+    key = hashlib.sha256(content + hashlib.sha256(weights).digest()).hexdigest()[:32]
+    directory = _directory(key)
+    storage.create(f"{directory}/{WEIGHTS}", weights)
+    storage.create(f"{directory}/{MODEL_FILE}", content)
+    return GivenModel(key)
+
+
+def _count_labels(
+    storage: Storage, data: Mapping[str, Any], unet: Mapping[str, Any]
+) -> dict[str, int] | None:
+    """Training images by label, for a network that is told the class."""
+    if (num_classes := unet.get("num_classes")) is None:
+        return None
+    counts = class_counts(read_dataset(storage, data), "train")
+    if len(counts) != num_classes:
+        raise DataError(
+            f"The network knows {num_classes} classes, and the data set has {len(counts)}. Give "
+            "the config of the data set that it was trained on."
+        )
+    return _by_name(counts)
+
+
+def _by_name(counts: Mapping[int, int]) -> dict[str, int]:
+    """With the keys that JSON has."""
+    return {str(label): count for label, count in counts.items()}
+
+
+def load_network(storage: Storage, config: Config, source: Source) -> Network:
+    """The network that a source names.
+
+    Raises:
+        StorageError: its weights are missing or damaged.
+    """
+    counts = None if source.counts is None else {int(k): n for k, n in source.counts.items()}
+    if source.kind == "model":
+        assert source.key is not None
+        directory = _directory(source.key)
+        files = [storage.read(f"{directory}/{name}") for name in (MODEL_FILE, WEIGHTS)]
+        model, diffusion = load_model(files[0], files[1], f"{storage.uri}/{directory}")
+        return Network(model, diffusion, counts)
+    num_classes = None if counts is None else len(counts)
+    model = make_unet(config, config.train.seed, num_classes)
+    if source.manifest is not None:
+        content = read_artifact(storage, source.manifest, "ema.safetensors")
+        model.load_state_dict(safetensors.torch.load(content))
+    return Network(model.eval(), make_diffusion(config, num_classes), counts)
+
+
+def _read_unet(storage: Storage, key: str) -> dict[str, Any]:
+    """The network of a model made elsewhere, as its document describes it."""
+    return json.loads(storage.read(f"{_directory(key)}/{MODEL_FILE}"))["unet"]
+
+
+def _directory(key: str) -> str:
+    return f"models-elsewhere/{key}"

@@ -1,0 +1,90 @@
+"""What is drawn for a score, and what a score's name and line say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import DataError
+from pipeline.evaluate import few_samples, plan_series, summarise
+from pipeline.features import check_counts
+from pipeline.scores import show_number
+from pipeline.subjects import Source
+
+RECORD: dict[str, Any] = {
+    "metric": "fid[classifier]", "value": 51.694, "floor": 0.02311, "ceiling": 216.76,
+    "unbiased": {"value": 49.15, "low": 38.01, "high": 60.28, "level": 0.95},
+    "degenerate": {"count": 128, "constant": 0, "black": 0, "not_finite": 0}, "copies": None,
+}  # fmt: skip
+
+
+def test_what_is_drawn_depends_on_what_is_evaluated(tiny_config: Path) -> None:
+    config = load_config(tiny_config, ["evaluate.sweep_samples=64"])
+    training = plan_series(config, Source("training"))
+    sweeps = [name for name in training if name not in ("samples", "untrained")]
+    assert sweeps == [
+        "num_steps-5", "num_steps-10", "num_steps-20", "num_steps-50", "num_steps-100",
+        "eta-0.0", "eta-0.25", "eta-0.5", "eta-0.75", "eta-1.0",
+    ]  # fmt: skip
+    assert training["samples"].num_samples == training["untrained"].num_samples == 128
+    assert training["eta-0.5"].settings.eta == 0.5
+    assert training["eta-0.5"].settings.num_steps == config.evaluate.num_steps
+    assert list(plan_series(config, Source("model", key="x"))) == ["samples", *sweeps]
+    images = Source("images", manifest={"metrics": {"counts": {"train": 70}}})
+    assert {name: s.num_samples for name, s in plan_series(config, images).items()} == {
+        "samples": 70
+    }
+
+
+def test_more_steps_than_there_are_timesteps_are_not_tried(tiny_config: Path) -> None:
+    settings = ["evaluate.sweep_samples=64", "diffusion.num_train_timesteps=20"]
+    names = plan_series(load_config(tiny_config, settings), Source("training"))
+    assert [name for name in names if name.startswith("num_steps")] == [
+        "num_steps-5",
+        "num_steps-10",
+        "num_steps-20",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (160, ""),
+        (159, " (few: 159 for 16 features)"),
+        (17, " (few: 17 for 16 features)"),
+        (16, " (rank-deficient: 16 for 16 features)"),
+    ],
+)
+def test_the_name_says_where_there_are_few_samples(count: int, expected: str) -> None:
+    assert few_samples(count, 16) == expected
+
+
+def test_few_are_refused_unless_they_are_allowed(tiny_config: Path) -> None:
+    counts = {"train": 900, "validation": 90, "test": 30}
+    with pytest.raises(DataError, match=r"needs 10 x features.width = 40 test images"):
+        check_counts(load_config(tiny_config), counts)
+    allowed = load_config(
+        tiny_config, ["evaluate.allow_few_samples=true", "evaluate.num_samples=20"]
+    )
+    check_counts(allowed, counts)
+
+
+def test_a_score_in_one_line() -> None:
+    assert summarise(RECORD) == (
+        "fid[classifier] 51.69 (floor 0.0231, ceiling 216.76); without bias 49.15 [38.01, 60.28]"
+    )
+    broken = {"count": 128, "constant": 5, "black": 2, "not_finite": 0}
+    bad = RECORD | {"ceiling": None, "unbiased": None, "degenerate": broken,
+                    "copies": {"is_memorising": True, "share": 0.061}}  # fmt: skip
+    assert summarise(bad) == (
+        "fid[classifier] 51.69 (floor 0.0231); 5 of 128 samples are of one value; "
+        "MEMORISES: 6.1% of the samples are near-copies"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(51.694, "51.69"), (1.0, "1.00"), (0.02311, "0.0231"), (-0.5, "-0.5")]
+)
+def test_numbers_as_a_person_reads_them(value: float, text: str) -> None:
+    assert show_number(value) == text

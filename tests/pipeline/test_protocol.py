@@ -1,0 +1,77 @@
+"""Scores under one protocol compare; under two they are refused, with the fields that differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError, EvaluationError
+from pipeline.protocol import compare_records, differences, read_record
+
+
+def record(value: float, low: float | None = None, high: float = 0.0, **protocol: Any) -> Any:
+    interval = None if low is None else {"value": value, "low": low, "high": high}
+    return {
+        "metric": "fid[classifier]",
+        "value": value,
+        "unbiased": interval,
+        "protocol": {"num_samples": 512, "sampler": "ddim", "eta": 0.0, **protocol},
+    }
+
+
+def test_fields_that_differ_or_are_lacking_are_named() -> None:
+    assert differences({"a": 1, "b": None}, {"a": 1, "b": None}) == []
+    assert differences({"a": 1, "b": 2, "c": 0}, {"c": 0, "a": 2, "d": None}) == ["a", "b", "d"]
+
+
+def test_different_protocols_are_refused_with_their_fields_and_values() -> None:
+    with pytest.raises(EvaluationError) as caught:
+        compare_records(("a", "b"), [record(1.0), record(2.0, eta=0.5, num_samples=64)])
+    assert (
+        "a and b have different protocols and do not compare (num_samples: 512 and 64; eta: 0.0 "
+        "and 0.5). Evaluate" in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [(((1, 2), (3, 4)), True), (((3, 4), (1, 2)), True), (((1, 3), (2, 4)), False)],
+)
+def test_intervals_that_lie_apart_are_beyond_chance(intervals: Any, expected: bool) -> None:
+    (a, b), (c, d) = intervals
+    found = compare_records(("a", "b"), [record(5.0, a, b), record(4.0, c, d)])
+    assert (found.difference, found.is_beyond_chance) == (-1.0, expected)
+
+
+def test_without_an_interval_nothing_is_said_of_chance() -> None:
+    found = compare_records(("a", "b"), [record(5.0, 1, 2), record(4.0)])
+    assert found.is_beyond_chance is None
+
+
+def test_a_record_is_read_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "score.json"
+    path.write_text(json.dumps(record(3.0)))
+    assert read_record(str(path), "runs")["value"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (None, "it is not there"),
+        ("{", "it is no JSON object"),
+        ("[1]", "it is no JSON object"),
+        ('{"value": 1}', "it is no record of a score"),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path: Path, text: str | None, fault: str) -> None:
+    path = tmp_path / "score.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"score.json cannot be compared: {fault}"):
+        read_record(str(path), "runs")
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no run 'x'"):
+        read_record("x", str(tmp_path))

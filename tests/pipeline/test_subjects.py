@@ -1,0 +1,112 @@
+"""Models made elsewhere: copied by content, refused where they do not suit the data set."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import load_config
+from pipeline.driver import make_plan
+from pipeline.errors import DataError
+from pipeline.exchange import import_checkpoint, load_model_folder
+from pipeline.settings import Config
+from pipeline.storage import LocalStorage
+from pipeline.subject_kinds import GivenModel
+from pipeline.subjects import Source, import_model, load_network
+
+FIXTURES = Path(__file__).resolve().parent.parent / "diffusion_core" / "fixtures"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A real one of denoising-diffusion-pytorch, of RGB images."""
+    path = tmp_path / "model-1.pt"
+    path.write_bytes(lzma.decompress((FIXTURES / "2.3.4-images.pt.xz").read_bytes()))
+    return path
+
+
+def config_of(tiny_config: Path, *settings: str) -> Config:
+    return load_config(tiny_config, ["evaluate.num_steps=4", *settings])
+
+
+def test_a_checkpoint_is_found_again_by_its_content(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    storage, config = LocalStorage(str(tmp_path / "root")), config_of(tiny_config, "data.mode=RGB")
+    found = import_model(checkpoint, config, storage)
+    assert import_model(checkpoint, config, storage) == found
+    network = load_network(storage, config, Source("model", key=found.key))
+    import_checkpoint(checkpoint, tmp_path / "folder")
+    model, diffusion = load_model_folder(tmp_path / "folder")
+    assert import_model(tmp_path / "folder", config, storage) == found
+    for name, weight in model.state_dict().items():
+        assert torch.equal(network.model.state_dict()[name], weight), name
+    assert torch.equal(network.diffusion.schedule.snr, diffusion.schedule.snr)
+    assert (network.diffusion.objective, network.counts) == (diffusion.objective, None)
+
+
+def test_it_is_evaluated_without_training_and_under_a_key_of_its_own(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_config, "data.mode=RGB", f"storage.root={tmp_path / 'root'}")
+    plans = [
+        make_plan(config, ["evaluate"], subject=subject).steps
+        for subject in (None, GivenModel("a"), GivenModel("b"))
+    ]
+    names = [[p.step.name for p in steps] for steps in plans]
+    assert names[1] == names[2] == ["preprocess", "features", "reference", "evaluate"]
+    assert "train" in names[0]
+    assert len({steps[-1].key for steps in plans}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ([], "it makes images of 3 channels, and the data set has images of 1 channel"),
+        (
+            [
+                "data.mode=RGB",
+                "data.resolution=7",
+                "model.dim_mults=[1]",
+                'model.attention=["none"]',
+            ],
+            "its network needs sizes divisible by 2, and the data set has (3, 7, 7)",
+        ),
+        (
+            ["data.mode=RGB", "diffusion.num_train_timesteps=2000", "evaluate.num_steps=1500"],
+            "fewer than evaluate.num_steps = 1500",
+        ),
+    ],
+)
+def test_one_that_does_not_suit_the_data_set_is_refused(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path, settings: list[str], fault: str
+) -> None:
+    config, storage = config_of(tiny_config, *settings), LocalStorage(str(tmp_path / "root"))
+    with pytest.raises(DataError) as caught:
+        import_model(checkpoint, config, storage)
+    assert str(caught.value).startswith("model-1.pt cannot be evaluated with this config: ")
+    assert fault in str(caught.value)
+    assert storage.list("models-elsewhere") == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short"])
+def test_a_damaged_checkpoint_is_refused(tiny_config: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.pt"):
+        import_model(path, config_of(tiny_config), LocalStorage(str(tmp_path / "root")))
+
+
+def test_a_copy_that_is_damaged_is_said(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    storage, config = LocalStorage(str(tmp_path / "root")), config_of(tiny_config, "data.mode=RGB")
+    key = import_model(checkpoint, config, storage).key
+    path = tmp_path / "root" / "models-elsewhere" / key / "model.json"
+    document = json.loads(path.read_text())
+    document["unet"]["dim"] *= 2
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match="is damaged: its weights are not of the network"):
+        load_network(storage, config, Source("model", key=key))
