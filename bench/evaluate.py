@@ -5,10 +5,10 @@
 In the project's environment; `--peers` is the interpreter of one with diffusers
 (bench/requirements-peers.txt). Two CPU threads; medians of alternating rounds.
 
-`sampling_vs_bare`       images a second of the step `evaluate` on a local Ray, from the first chunk
-                         drawn to the last one, features and files included, over those of the bare
-                         sampler: as many processes of one thread each that do nothing else, or one
-                         process with all threads, whichever is faster.
+`sampling_vs_bare`       images a second of the step `evaluate` on a local Ray, since each worker
+                         has drawn a chunk and to the last one, features and files included, over
+                         those of the bare sampler: as many processes of one thread each that do
+                         nothing else, or one process with all threads, whichever is faster.
 `sampling_vs_diffusers`  images a second of our sampler in one process over diffusers' DDIMPipeline
                          with a network of as many FLOPs (within 5%), in the same environment and
                          with the same threads; `step_vs_diffusers` is that of the whole step.
@@ -35,18 +35,19 @@ from typing import Any
 import numpy as np
 import torch
 from machine import hardware
-from pipeline.extractors import extract
-from pipeline.extractors.loading import BATCH
-from pipeline.extractors.small import SmallNetwork
 
 from pipeline.config import load_config
 from pipeline.driver import run_config
+from pipeline.extractors import extract
+from pipeline.extractors.loading import BATCH
+from pipeline.extractors.small import SmallNetwork
 from pipeline.host import torch_threads
 from pipeline.workflow import Event
 
 BENCH = Path(__file__).resolve().parent
 SPEED = BENCH / "train_speed.toml"
 PROCESSES = 2
+FLOPS: dict[str, int] = {}  # of a forward pass of one image, by side
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "sampling_vs_diffusers": ratio(rates["ours"], rates["diffusers"]),
         "sampling_vs_bare": ratio(rates["step"], bare),
         "features_vs_bare": ratio(rates["extract"], rates["extract_bare"]),
+        "flops_vs_diffusers": round(FLOPS["ours"] / FLOPS["diffusers"], 3),
         "step_vs_diffusers": ratio(rates["step"], rates["diffusers"]),
         "items_per_s": {name: round(statistics.median(r), 1) for name, r in rates.items()},
         "all_items_per_s": {name: [round(r, 1) for r in all_] for name, all_ in rates.items()},
@@ -127,7 +129,7 @@ def prepare(work: Path, samples: int) -> None:
 
 
 def step_rate(work: Path, samples: int, number: int) -> float:
-    """Images a second of the step, from the first chunk that was drawn to the last."""
+    """Images a second of the step, since each worker has drawn a chunk and to the last."""
     changed = [*settings(work, samples), f"evaluate.seed={time.time_ns() % 10**9 + number}"]
     seen: list[tuple[float, int]] = []
 
@@ -136,7 +138,8 @@ def step_rate(work: Path, samples: int, number: int) -> float:
             seen.append((time.monotonic(), event.fields["done"]))
 
     run_config(load_config(SPEED, changed), ("evaluate",), observer=observe)
-    (first, before), (last, done) = seen[1], seen[-1]
+    # Since every worker has drawn a chunk: what they drew before does not count.
+    (first, before), (last, done) = seen[PROCESSES], seen[-1]
     return (done - before) / (last - first)
 
 
@@ -160,7 +163,9 @@ def bare_rate(interpreter: str, *, processes: int, side: str = "ours") -> float:
         out, _ = process.communicate()
         if process.returncode:
             raise SystemExit(f"{side} failed")
-        rates.append(json.loads(out.splitlines()[-1])["images_per_s"])
+        found = json.loads(out.splitlines()[-1])
+        rates.append(found["images_per_s"])
+        FLOPS[side] = found["flops"]
     return sum(rates)
 
 

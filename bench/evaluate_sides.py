@@ -18,12 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TQDM_DISABLE"] = "1"
 
 import torch
-from train_sides import EQUAL_WIDTHS, RESOLUTION, SPEED, diffusers_network
+from train_sides import (
+    EQUAL_WIDTHS,
+    RESOLUTION,
+    SPEED,
+    count_flops,
+    diffusers_network,
+)
 
 CHUNK, CHUNKS, NUM_STEPS = 64, 4, 50
 
 
-def ours() -> Callable[[int], None]:
+def ours() -> tuple[Callable[[int], None], int]:
     from pipeline.config import load_config
     from pipeline.host import keep_freed_memory
     from pipeline.models import make_unet
@@ -38,10 +44,10 @@ def ours() -> Callable[[int], None]:
             sample_items(config, model, range(chunk * CHUNK, (chunk + 1) * CHUNK))
 
     assert config.evaluate.num_steps == NUM_STEPS
-    return sample
+    return sample, count_flops(model)
 
 
-def diffusers() -> Callable[[int], None]:
+def diffusers() -> tuple[Callable[[int], None], int]:
     from diffusers import DDIMPipeline, DDIMScheduler  # pyright: ignore
 
     pipeline = DDIMPipeline(diffusers_network(EQUAL_WIDTHS).eval(), DDIMScheduler())
@@ -55,7 +61,7 @@ def diffusers() -> Callable[[int], None]:
         ).images  # fmt: skip
         assert images.shape[:3] == (CHUNK, RESOLUTION, RESOLUTION)
 
-    return sample
+    return sample, count_flops(pipeline.unet)
 
 
 def main() -> None:
@@ -64,14 +70,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    sample = SIDES[arguments.side]()
+    sample, flops = SIDES[arguments.side]()
     sample(0)
     print("warm", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
     for chunk in range(CHUNKS):
         sample(chunk)
-    print(json.dumps({"images_per_s": CHUNK * CHUNKS / (time.perf_counter() - started)}))
+    rate = CHUNK * CHUNKS / (time.perf_counter() - started)
+    print(json.dumps({"images_per_s": rate, "flops": flops}))
 
 
 SIDES = {"ours": ours, "diffusers": diffusers}

@@ -30,9 +30,16 @@ def show_comparison(console: Console, comparison: "Comparison") -> None:
     for heading in ("", *map(escape, comparison.names)):
         table.add_column(heading, overflow="fold")
     by_record = [{name: value for name, value, _ in _all_rows(r)} for r in comparison.records]
-    for name in by_record[0]:
-        table.add_row(*map(escape, (name, by_record[0][name], by_record[1].get(name, "-"))))
+    names = [*by_record[0], *(name for name in by_record[1] if name not in by_record[0])]
+    for name in names:
+        values = (of_one.get(name, "-") for of_one in by_record)
+        table.add_row(*map(escape, (name, *values)))
     console.print(table)
+    for name, record in zip(comparison.names, comparison.records, strict=True):
+        if record["copies"] is not None and record["copies"]["is_memorising"]:
+            _print(
+                console, f"{name} MEMORISES: more of its samples are near-copies than chance allows"
+            )
     if comparison.difference == 0:
         _print(console, "The scores are equal.")
         return

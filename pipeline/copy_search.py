@@ -1,7 +1,7 @@
 """The nearest training images of the samples, found in one pass over the training split."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.cluster import send_task
 from pipeline.dataset import open_split
-from pipeline.gallery import Gallery
+from pipeline.gallery import Gallery, spread_evenly
 from pipeline.host import torch_threads
 from pipeline.scores.copies import CopyCheck, NearestImages, check_copies
 from pipeline.shards import Items, front_to_back
@@ -26,7 +26,9 @@ class Copies:
     """How near the samples are to training images, and the nearest of some."""
 
     check: CopyCheck
-    shown: tuple[int, ...]  # numbers of samples: the nearest to a training image, nearest first
+    numbers: tuple[int, ...]  # of the samples that were compared
+    shown: tuple[int, ...]  # places in these: the nearest to a training image, nearest first
+    samples: np.ndarray  # those shown
     neighbours: np.ndarray  # their nearest training images [shown, neighbours, ...]
 
     def facts(self) -> dict[str, Any]:
@@ -43,7 +45,11 @@ class Copies:
             "median_distance": c.median_distance,
             "held_out_median_distance": c.held_out_median_distance,
             "nearest": [
-                {"sample": k, "ratio": c.ratios[k], "training_image": c.nearest_ids[k]}
+                {
+                    "sample": self.numbers[k],
+                    "ratio": c.ratios[k],
+                    "training_image": c.nearest_ids[k],
+                }
                 for k in self.shown
             ],
         }
@@ -62,7 +68,8 @@ def find_copies(context: StepContext, seen: Gallery) -> Copies | None:
         dict(context.inputs["preprocess"]),
         context.config.data.cache_bytes,
         context.config.train.horizontal_flip,
-        seen.first,
+        seen.spread,
+        seen.numbers,
     )
 
 
@@ -72,6 +79,7 @@ def _search(
     cache_bytes: int,
     is_mirrored: bool,
     samples: np.ndarray,
+    numbers: Sequence[int],
 ) -> Copies | None:
     storage = open_storage(storage_uri)
 
@@ -82,7 +90,7 @@ def _search(
         train, test = (
             stack.enter_context(contextlib.closing(opened(s))) for s in ("train", "test")
         )
-        held_out = NearestImages(test.gather(np.arange(min(len(test), HELD_OUT))))
+        held_out = NearestImages(test.gather(np.array(spread_evenly(len(test), HELD_OUT))))
         nearest = NearestImages(samples)
         train.prefetch(front_to_back(train.counts))
         for first in range(0, len(train), READ_AT_ONCE):
@@ -96,4 +104,4 @@ def _search(
         train.prefetch(())
         ids = nearest.ids[shown, :NEIGHBOURS_SHOWN]
         images = np.stack([train.gather(of_sample) for of_sample in ids])
-        return Copies(check, tuple(shown.tolist()), images)
+        return Copies(check, tuple(numbers), tuple(shown.tolist()), samples[shown], images)

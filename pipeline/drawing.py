@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusion_core import CHUNK
 from pipeline.cluster import lost_task
 from pipeline.dataset import open_split
-from pipeline.errors import EvaluationError
+from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.extractors import extract, load_extractor
 from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.sampling import quantise, sample_items, spread_labels
@@ -76,7 +77,12 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
     ]
     before = done = total - sum(_count(series, first) for series, first in left)
     kind = "GPU" if config.evaluate.use_gpu else "CPU"
-    slots = max(1, int(ray.cluster_resources().get(kind, 0)))
+    slots = int(ray.cluster_resources().get(kind, 0))
+    if not slots:
+        raise ClusterError(
+            f"Samples are drawn on {kind}s, one for each task, and the cluster has none. Set "
+            f"evaluate.use_gpu = {str(kind == 'CPU').lower()}, or use a cluster that has some."
+        )
     groups = _deal(left, TASKS_PER_SLOT * slots)
     num_gpus = 1 if config.evaluate.use_gpu else 0
     task: Any = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=TASK_RETRIES)(_draw_chunks)
@@ -84,21 +90,25 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
     context.progress(done, total, "samples")
     arguments = (storage.uri, config.model_dump_json(), json.dumps(context.inputs["features"]))
     running: list[Any] = [task.remote(*arguments, context.directory, group) for group in groups]
-    while running:
-        (ready, *_), _ = ray.wait(running, num_returns=1)
-        chunks: Any = ready  # a generator of references
-        try:
-            done += int(ray.get(next(chunks)))  # pyright: ignore[reportArgumentType]
-        except StopIteration:
-            running.remove(ready)
-            continue
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayError as error:
-            raise lost_task(error) from error
-        rate = (done - before) / (time.monotonic() - started)
-        left_s = (total - done) / rate
-        context.progress(done, total, "samples", rate=rate, rate_unit="samples/s", left_s=left_s)
+    try:
+        while running:
+            (ready, *_), _ = ray.wait(running, num_returns=1)
+            chunks: Any = ready  # a generator of references
+            try:
+                done += int(ray.get(next(chunks)))  # pyright: ignore[reportArgumentType]
+            except StopIteration:
+                running.remove(ready)
+                continue
+            rate = (done - before) / (time.monotonic() - started)
+            rates = {"rate": rate, "rate_unit": "samples/s", "left_s": (total - done) / rate}
+            context.progress(done, total, "samples", **rates)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise lost_task(error) from error
+    finally:
+        for left_over in running:  # where one failed, the others need not go on
+            ray.cancel(left_over)
 
 
 def read_all(context: StepContext, series: Series, name: str) -> np.ndarray:
@@ -114,8 +124,16 @@ def iter_chunks(context: StepContext, series: Series) -> Iterator[dict[str, np.n
     is told the class.
     """
     for first in series.starts:
-        content = context.storage.read(_path(context.directory, series.name, first))
-        yield safetensors.numpy.load(content)
+        path = _path(context.directory, series.name, first)
+        try:
+            chunk = safetensors.numpy.load(context.storage.read(path))
+        except (FileNotFoundError, SafetensorError) as error:
+            context.storage.delete(path)
+            raise StorageError(
+                f"{context.storage.uri}/{path} is missing or damaged. Run the same command again: "
+                "it is drawn anew."
+            ) from error
+        yield chunk
 
 
 def chunk_directory(directory: str) -> str:
@@ -165,7 +183,7 @@ def _draw_chunks(
     storage, config = open_storage(storage_uri), Config.model_validate_json(config_json)
     keep_freed_memory()
     with torch_threads(1):
-        extractor = _load_extractor(storage_uri, features_json)
+        extractor = _load_extractor(storage_uri, features_json, _device(config))
         for series, first in jobs:
             path, count = _path(directory, series.name, first), _count(series, first)
             if not storage.exists(path):  # else an earlier attempt of this task drew it
@@ -226,8 +244,8 @@ def _load_network(storage_uri: str, config_json: str, source_json: str) -> Netwo
 
 
 @functools.lru_cache(maxsize=1)
-def _load_extractor(storage_uri: str, features_json: str) -> nn.Module:
-    return load_extractor(open_storage(storage_uri), json.loads(features_json))
+def _load_extractor(storage_uri: str, features_json: str, device: str) -> nn.Module:
+    return load_extractor(open_storage(storage_uri), json.loads(features_json)).to(device)
 
 
 def _device(config: Config) -> str:

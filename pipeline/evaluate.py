@@ -15,12 +15,11 @@ import safetensors.numpy
 
 from pipeline.copy_search import find_copies
 from pipeline.drawing import Series, chunk_directory, draw, read_all
-from pipeline.errors import DataError, EvaluationError
+from pipeline.errors import EvaluationError
 from pipeline.extractors import score_name
 from pipeline.features import (
     SAMPLES_PER_FEATURE,
     check_counts,
-    check_samples,
     read_features,
     read_sums,
 )
@@ -54,10 +53,14 @@ def evaluate(context: StepContext) -> dict[str, Any]:
         ClusterError: Ray lost the work.
     """
     config = context.config
-    num_features = context.inputs["features"]["metrics"]["num_features"]
-    check_counts(config, context.inputs["preprocess"]["metrics"]["counts"], num_features)
     source = find_source(context)
     series = plan_series(config, source)
+    check_counts(
+        config,
+        context.inputs["preprocess"]["metrics"]["counts"],
+        context.inputs["features"]["metrics"]["num_features"],
+        series["samples"].num_samples,
+    )
     draw(context, list(series.values()))
     seen = look_through(context, series["samples"])
     copies = find_copies(context, seen)
@@ -85,7 +88,7 @@ def plan_series(config: Config, source: Source) -> dict[str, Series]:
         return series
     for name, values in SWEPT.items():
         for value in values:
-            if value <= config.diffusion.num_train_timesteps:
+            if value <= source.num_timesteps:
                 changed = settings.model_copy(update={name: value})
                 key = f"{name}-{value}"
                 series[key] = Series(key, source, changed, settings.sweep_samples)
@@ -111,15 +114,8 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
 
     train = np.concatenate(read_features(content, "train"))
     order = np.random.Generator(np.random.Philox(key=keyed_seed("floor", settings.seed)))
-    if len(train) < len(generated):
-        raise DataError(
-            f"The floor of the score needs as many training images as there are samples, "
-            f"{len(generated):,}, and there are {len(train):,}. Give fewer images."
-        )
     floor = train[order.permutation(len(train))[: len(generated)]]
     is_fixed = settings.interval_reference == "fixed"
-    if not settings.allow_few_samples:
-        check_samples(len(generated), generated.shape[1])
     few = few_samples(min(len(generated), sums.count), generated.shape[1])
     found = precision_recall(real, generated)
     record = {
@@ -132,7 +128,7 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
         "inception_score": None,
         "precision_recall": found and asdict(found),
         "degenerate": asdict(seen.degenerate),
-        "sweeps": _sweeps(series, lambda s: distance(read_all(context, s, "features"))),
+        "sweeps": None,
         "protocol": make_protocol(
             config,
             features,
@@ -142,6 +138,13 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
             sampling=sampling_of(context),
         ),
     }
+    if (count := settings.sweep_samples) is not None and len(series) > 1:
+        few = few_samples(min(count, sums.count), generated.shape[1])
+        record["sweeps"] = {
+            "metric": score_name("fid", features) + few,
+            "num_samples": count,
+            "values": _sweeps(series, lambda s: distance(read_all(context, s, "features"))),
+        }
     if "untrained" in series:
         record["ceiling"] = distance(read_all(context, series["untrained"], "features"))
     if features["metrics"]["classifies"]:

@@ -42,6 +42,11 @@ def make_extractor(context: StepContext) -> dict[str, Any]:
     config, data = context.config, context.inputs["preprocess"]
     features = config.features
     check_counts(config, data["metrics"]["counts"])
+    if features.is_trained and not data["metrics"]["counts"]["validation"]:
+        raise DataError(
+            f"The extractor {features.extractor} is judged on the validation split, which has no "
+            "images. Raise data.validation_fraction."
+        )
     weights = None
     if features.weights is not None:
         weights = read_weights(features, context.planned.step.settings[WEIGHTS])
@@ -125,48 +130,49 @@ def measure_reference(context: StepContext) -> dict[str, Any]:
 
 
 def check_counts(
-    config: Config, counts: Mapping[str, int], num_features: int | None = None
+    config: Config,
+    counts: Mapping[str, int],
+    num_features: int | None = None,
+    num_samples: int | None = None,
 ) -> None:
-    """Refuses a score whose floor would have fewer images, or whose reference would be thin.
+    """Refuses a score whose floor would have fewer images, or of few samples or test images.
 
     Args:
         config: the whole config.
         counts: of the images by split.
         num_features: of the extractor; what the config says of it where not given.
+        num_samples: that are scored; what the config says where not given.
 
     Raises:
-        DataError: too few training or test images.
+        DataError: too few training images, test images or samples.
     """
     num_features = num_features or config.features.num_features or 0
-    num_samples, needed = config.evaluate.num_samples, SAMPLES_PER_FEATURE * num_features
+    num_samples = config.evaluate.num_samples if num_samples is None else num_samples
     if counts["train"] < num_samples:
         raise DataError(
-            f"The floor of the score needs evaluate.num_samples = {num_samples} training images, "
-            f"and there are {counts['train']}. Lower evaluate.num_samples to at most that."
+            f"The floor of the score needs as many training images as there are samples, "
+            f"{num_samples:,}, and there are {counts['train']:,}. Lower evaluate.num_samples, or "
+            "give fewer images."
+        )
+    if min(counts["test"], num_samples) < 2:
+        raise DataError(
+            f"A score needs two samples and two test images at least, and there are {num_samples} "
+            f"and {counts['test']}. Give more."
         )
     if config.evaluate.allow_few_samples:
         return
+    needed = SAMPLES_PER_FEATURE * num_features
     if counts["test"] < needed:
         raise DataError(
             f"The reference of the score needs 10 x features.width = {needed} test images, and "
             f"there are {counts['test']}. Raise data.test_fraction, lower features.width, or set "
             "evaluate.allow_few_samples."
         )
-    check_samples(num_samples, num_features)
-
-
-def check_samples(count: int, num_features: int) -> None:
-    """Refuses a score of few samples.
-
-    Raises:
-        DataError: there are fewer than 10 a feature.
-    """
-    needed = SAMPLES_PER_FEATURE * num_features
-    if count < needed:
+    if num_samples < needed:
         raise DataError(
             f"A score in {num_features:,} features needs {needed:,} samples, and there are "
-            f"{count:,}. Make more, take fewer features, or set evaluate.allow_few_samples, and "
-            "the score's name will say so."
+            f"{num_samples:,}. Make more, take fewer features, or set evaluate.allow_few_samples, "
+            "and the score's name will say so."
         )
 
 

@@ -24,7 +24,9 @@ class Gallery:
     """What was kept of the samples."""
 
     degenerate: DegenerateCounts
-    first: np.ndarray  # up to 2048, as they are stored
+    first: np.ndarray  # a grid of them, as they are stored
+    spread: np.ndarray  # up to 2048 over all of them, which may come sorted
+    numbers: tuple[int, ...]  # of these
     by_class: dict[int, np.ndarray] = field(default_factory=dict)  # a few of each class
 
 
@@ -35,25 +37,35 @@ def look_through(context: StepContext, series: Series) -> Gallery:
     """
     counts: DegenerateCounts | None = None
     first: list[np.ndarray] = []
+    spread: list[np.ndarray] = []
+    numbers = spread_evenly(series.num_samples, LOOKED_AT)
+    chosen, start = np.array(numbers), 0
     by_class: dict[int, list[np.ndarray]] = {}
     writer = _Writer(context) if context.config.evaluate.keep_samples else None
     for chunk in iter_chunks(context, series):
         items, labels = chunk["items"], chunk.get("labels")
         found = count_degenerate(items)
         counts = found if counts is None else counts + found
-        if sum(map(len, first)) < LOOKED_AT:
+        if start < SHOWN:
             first.append(items)
+        spread.append(items[chosen[(chosen >= start) & (chosen < start + len(items))] - start])
+        start += len(items)
         for label, item in zip(labels.tolist(), items, strict=True) if labels is not None else ():
-            few = by_class.setdefault(label, [])
-            if len(few) < OF_A_CLASS:
+            if label < CLASSES_SHOWN and len(few := by_class.setdefault(label, [])) < OF_A_CLASS:
                 few.append(item)
         if writer is not None:
             writer.add(items, labels)
     if writer is not None:
         writer.close()
     assert counts is not None
-    shown = {label: np.stack(by_class[label]) for label in sorted(by_class)[:CLASSES_SHOWN]}
-    return Gallery(counts, np.concatenate(first)[:LOOKED_AT], shown)
+    shown = {label: np.stack(by_class[label]) for label in sorted(by_class)}
+    grid = np.concatenate(first)[:SHOWN]
+    return Gallery(counts, grid, np.concatenate(spread), tuple(numbers), shown)
+
+
+def spread_evenly(count: int, at_most: int) -> list[int]:
+    """Numbers below `count`, as far apart as can be."""
+    return np.linspace(0, count - 1, min(count, at_most)).round().astype(int).tolist()
 
 
 class _Writer:

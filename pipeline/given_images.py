@@ -21,7 +21,7 @@ from pipeline.sources import InputShard
 from pipeline.subject_kinds import data_of_images
 from pipeline.workflow import StepContext
 
-CHECKED = 1000  # images, the first: those of one folder are alike
+CHECKED = 1000  # images, the first, whose pixels are looked at; of all others the header
 
 
 def preprocess_images(context: StepContext) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def preprocess_images(context: StepContext) -> dict[str, Any]:
 def check_images(shards: Sequence[InputShard], data: DataConfig) -> None:
     """Refuses images that would be resized, or lose their colours, to have the data set's shape.
 
-    Looks at the first thousand. What cannot be read is left for the step to refuse.
+    Looks at the size of all, and at the colours of the first thousand. What cannot be read is left
+    for the step to refuse.
 
     Args:
         shards: of the given images.
@@ -52,18 +53,16 @@ def check_images(shards: Sequence[InputShard], data: DataConfig) -> None:
     side, found, num_seen = data.shape[-1], [], 0
     for name, image in _iter_images(shards, data):
         num_seen += 1
-        has_colours = _has_colours(image)
+        has_colours = num_seen <= CHECKED and _has_colours(image)
         if image.size != (side, side):
             found.append(f"{name} has {image.width} x {image.height} pixels")
         elif has_colours and data.channels == 1:
             found.append(f"{name} has colours")
         elif image.mode in ("1", "L", "I;16", "I") and data.channels == 3:
             found.append(f"{name} is grey")
-        if num_seen == CHECKED:
-            break
     if found:
         raise DataError(
-            f"{len(found):,} of the first {num_seen:,} images are not of the data set's shape, "
+            f"{len(found):,} of {num_seen:,} images are not of the data set's shape, "
             f"{side} x {side} {'grey' if data.channels == 1 else 'RGB'}: {found[0]}. Make samples "
             "of that shape, or give --convert to have them resized and converted as the data set "
             "was, which changes the score."

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_core import interpolate, make_image_noise
 from pipeline.copy_search import Copies
 from pipeline.dataset import open_split
-from pipeline.gallery import SHOWN, Gallery
+from pipeline.gallery import SHOWN, Gallery, spread_evenly
 from pipeline.sampling import quantise, sample_items, spread_labels
 from pipeline.subjects import Network, Source, load_network
 from pipeline.workflow import StepContext
@@ -40,11 +40,11 @@ def draw_pictures(
     data, cache_bytes = dict(context.inputs["preprocess"]), config.data.cache_bytes
     test = open_split(context.storage, data, REFERENCE_SPLIT, whole=False, cache_bytes=cache_bytes)
     with contextlib.closing(test):
-        real = test.gather(np.arange(min(len(test), SHOWN)))
-    pictures = {"samples": seen.first[:SHOWN], "real": real}
+        real = test.gather(np.array(spread_evenly(len(test), SHOWN)))
+    pictures = {"samples": seen.first, "real": real}
     pictures |= {f"class-{label}": items for label, items in seen.by_class.items()}
     if copies is not None:
-        pictures["copied"] = seen.first[list(copies.shown)]
+        pictures["copied"] = copies.samples
         pictures["neighbours"] = copies.neighbours
     if source.kind != "images":
         network = load_network(context.storage, config, source)

@@ -20,6 +20,8 @@ from pipeline.storage import open_storage
 from pipeline.workflow import read_manifest
 
 RECORD = "score.json"
+FIELDS = {"metric", "value", "floor", "ceiling", "unbiased", "kid", "inception_score",
+          "precision_recall", "degenerate", "copies", "sweeps", "protocol"}  # fmt: skip
 OF_IMAGES = {"sampler": "none: the images were given"}
 
 
@@ -51,28 +53,26 @@ def make_protocol(
         "extractor_sha256": features["artifacts"][ARTIFACT]["sha256"],
         "feature_width": features["metrics"]["num_features"],
         "num_samples": num_samples,
-        **(sampling or sampling_protocol(config, ema_decay=config.train.ema_decay)),
+        **(sampling or sampling_protocol(config)),
         **({"shape": list(data.shape)} if data.is_sequence else _of_images(config)),
+        "interval_reference": config.evaluate.interval_reference,
         "implementation": f"torchmetrics {version('torchmetrics')}",
     }
 
 
-def sampling_protocol(
-    config: Config, *, weights: str = "ema", ema_decay: float | None
-) -> dict[str, Any]:
+def sampling_protocol(config: Config, *, weights: str = "ema") -> dict[str, Any]:
     """How samples are drawn from a network.
 
     Args:
         config: the settings of `evaluate`.
-        weights: `ema`, or `model` where a checkpoint has no others.
-        ema_decay: where it is known.
+        weights: `ema`, or `model` where a checkpoint has no others. How wide the average is belongs
+            to the network: who trains with another may compare.
     """
     settings = config.evaluate
     return {
         "seed": settings.seed,
         "chunk": CHUNK,
         "weights": weights,
-        "ema_decay": ema_decay,
         "sampler": "ddim",
         "num_steps": settings.num_steps,
         "spacing": settings.spacing,
@@ -164,7 +164,7 @@ def read_record(target: str, root: str, overrides: Sequence[str] = ()) -> dict[s
             raise ConfigError(
                 f"{target} is not evaluated: {step.reason}. Run `raydiffusion evaluate {target}`."
             )
-        return manifest["metrics"]
+        return _checked(manifest["metrics"], target)
     storage = open_storage(root)
     directory = read_run(storage, target)["directories"].get("evaluate")
     manifest = None
@@ -172,16 +172,25 @@ def read_record(target: str, root: str, overrides: Sequence[str] = ()) -> dict[s
         manifest = read_manifest(storage, "evaluate", directory.rsplit("/", 1)[-1])
     if manifest is None:
         raise ConfigError(f"The run {target} has no score. Evaluate it, or name another run.")
-    return manifest["metrics"]
+    return _checked(manifest["metrics"], target)
+
+
+def _checked(record: dict[str, Any], target: str) -> dict[str, Any]:
+    if not record.keys() >= FIELDS:
+        raise ConfigError(
+            f"The score of {target} was made by an earlier version, which computed less. Evaluate "
+            "it again."
+        )
+    return record
 
 
 def _read_file(target: str) -> dict[str, Any]:
     directory, _, name = target.rpartition("/")
     try:
         record = json.loads(open_storage(directory or ".").read(name))
-        if {"metric", "value", "protocol"} <= record.keys():
+        if record.keys() >= FIELDS:
             return record
-        fault = "it is no record of a score"
+        fault = "it is no record of a score of this version"
     except FileNotFoundError:
         fault = "it is not there"
     except (ValueError, AttributeError) as error:

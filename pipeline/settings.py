@@ -444,7 +444,7 @@ class EvaluateConfig(Section):
     interval_reference: Literal["fixed", "sample"] = Field(
         default="fixed", description="what the interval takes the reference for"
     )
-    sweep_samples: Positive | None = Field(
+    sweep_samples: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="for each of the scores against sampling steps and against eta"
     )
     keep_samples: bool = Field(default=True, description="as Arrow files")

@@ -106,9 +106,11 @@ def make_steps(
         inputs=(*evaluated, "train"),
         resources=WHOLE_CLUSTER,
     )
+    # What near-copies are looked for among; of the config's training it is part of its key.
+    mirrored = {"train.horizontal_flip": train.horizontal_flip}
     match subject:
         case GivenModel(key=key):
-            settings = {**evaluate.settings, "model_key": key}
+            settings = {**evaluate.settings, **mirrored, "model_key": key}
             return [*steps, replace(evaluate, settings=settings, inputs=evaluated)]
         case GivenImages(sources=sources, shards=given):
             images = Step(
@@ -119,7 +121,9 @@ def make_steps(
                 | {"sources": list(sources)},
                 resources=WHOLE_CLUSTER,
             )
-            return [*steps, images, replace(evaluate, inputs=(*evaluated, "images"))]
+            settings = {**evaluate.settings, **mirrored}
+            inputs = (*evaluated, "images")
+            return [*steps, images, replace(evaluate, settings=settings, inputs=inputs)]
     return [
         *steps,
         evaluate,

@@ -17,11 +17,18 @@ from diffusion_core import Diffusion, UNet
 from pipeline.dataset import class_counts, read_dataset
 from pipeline.errors import DataError
 from pipeline.exchange import import_checkpoint
-from pipeline.model_folder import MODEL_FILE, load_model, read_document, read_weights
+from pipeline.model_folder import (
+    MODEL_FILE,
+    ModelDocument,
+    load_model,
+    read_document,
+    read_weights,
+    sha256_of,
+)
 from pipeline.models import make_diffusion, make_unet
 from pipeline.protocol import OF_IMAGES, sampling_protocol
 from pipeline.settings import Config
-from pipeline.storage import Storage
+from pipeline.storage import Storage, damaged
 from pipeline.subject_kinds import GivenModel
 from pipeline.workflow import StepContext, read_artifact
 
@@ -47,12 +54,14 @@ class Source:
         key: of a model made elsewhere.
         manifest: of the step `train`, or of the step `images`.
         counts: training images by label, where the network is told the class.
+        num_timesteps: T of the network's process.
     """
 
     kind: Literal["training", "model", "untrained", "images"]
     key: str | None = None
     manifest: Mapping[str, Any] | None = None
     counts: Mapping[str, int] | None = None
+    num_timesteps: int = 0
 
     def to_json(self) -> str:
         """As it is sent to workers."""
@@ -69,13 +78,19 @@ def find_source(context: StepContext) -> Source:
     if "images" in context.inputs:
         return Source("images", manifest=context.inputs["images"])
     if (key := context.planned.step.settings.get("model_key")) is not None:
-        return Source(
-            "model", key=key, counts=_count_labels(storage, data, _read_unet(storage, key))
-        )
+        document = _read_document(storage, key)
+        counts = _count_labels(storage, data, document.unet.num_classes)
+        num_timesteps = document.schedule.num_train_timesteps
+        return Source("model", key=key, counts=counts, num_timesteps=num_timesteps)
     counts = None
     if context.config.model.class_conditional:
         counts = _by_name(class_counts(read_dataset(storage, data), "train"))
-    return Source("training", manifest=context.inputs["train"], counts=counts)
+    return Source(
+        "training",
+        manifest=context.inputs["train"],
+        counts=counts,
+        num_timesteps=context.config.diffusion.num_train_timesteps,
+    )
 
 
 def sampling_of(context: StepContext) -> dict[str, Any]:
@@ -83,10 +98,9 @@ def sampling_of(context: StepContext) -> dict[str, Any]:
     if "images" in context.inputs:
         return OF_IMAGES
     if (key := context.planned.step.settings.get("model_key")) is not None:
-        document = json.loads(context.storage.read(f"{_directory(key)}/{MODEL_FILE}"))
-        weights = "ema" if "ema" in document["weights"] else "model"
-        return sampling_protocol(context.config, weights=weights, ema_decay=None)
-    return sampling_protocol(context.config, ema_decay=context.config.train.ema_decay)
+        weights = _read_document(context.storage, key).weights
+        return sampling_protocol(context.config, weights="ema" if "ema" in weights else "model")
+    return sampling_protocol(context.config)
 
 
 def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:
@@ -144,10 +158,10 @@ def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> G
 
 
 def _count_labels(
-    storage: Storage, data: Mapping[str, Any], unet: Mapping[str, Any]
+    storage: Storage, data: Mapping[str, Any], num_classes: int | None
 ) -> dict[str, int] | None:
     """Training images by label, for a network that is told the class."""
-    if (num_classes := unet.get("num_classes")) is None:
+    if num_classes is None:
         return None
     counts = class_counts(read_dataset(storage, data), "train")
     if len(counts) != num_classes:
@@ -173,8 +187,11 @@ def load_network(storage: Storage, config: Config, source: Source) -> Network:
     if source.kind == "model":
         assert source.key is not None
         directory = _directory(source.key)
-        files = [storage.read(f"{directory}/{name}") for name in (MODEL_FILE, WEIGHTS)]
-        model, diffusion = load_model(files[0], files[1], f"{storage.uri}/{directory}")
+        document, weights = (storage.read(f"{directory}/{n}") for n in (MODEL_FILE, WEIGHTS))
+        known = _read_document(storage, source.key).weights
+        if sha256_of(weights) != (known.get("ema") or known["model"]).sha256:
+            raise damaged(storage, f"{directory}/{WEIGHTS}")
+        model, diffusion = load_model(document, weights, f"{storage.uri}/{directory}")
         return Network(model, diffusion, counts)
     num_classes = None if counts is None else len(counts)
     model = make_unet(config, config.train.seed, num_classes)
@@ -184,9 +201,13 @@ def load_network(storage: Storage, config: Config, source: Source) -> Network:
     return Network(model.eval(), make_diffusion(config, num_classes), counts)
 
 
-def _read_unet(storage: Storage, key: str) -> dict[str, Any]:
-    """The network of a model made elsewhere, as its document describes it."""
-    return json.loads(storage.read(f"{_directory(key)}/{MODEL_FILE}"))["unet"]
+def _read_document(storage: Storage, key: str) -> ModelDocument:
+    """What describes a model made elsewhere."""
+    path = f"{_directory(key)}/{MODEL_FILE}"
+    try:
+        return ModelDocument.model_validate_json(storage.read(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise damaged(storage, path) from error
 
 
 def _directory(key: str) -> str:

@@ -58,7 +58,7 @@ def report(context: StepContext) -> dict[str, Any]:
         scale=score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),
         sweeps=[
             (name, sweep_curve([x for x, _ in points], [y for _, y in points], name, score))
-            for name, points in score["sweeps"].items()
+            for name, points in (score["sweeps"] or {"values": {}})["values"].items()
         ],
     )
     context.write_artifact("report.html", page.encode())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from diffusion_core import NoiseSchedule
@@ -123,19 +123,17 @@ def sweep_curve(
         settings: that were tried.
         values: of the score at each.
         name: of the setting.
-        score: the record, whose protocol has the setting that counts.
+        score: the record, with the sweeps' name and the setting that counts.
     """
     figure = Figure(figsize=(6.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(settings, [max(value, LEAST_SCORE) for value in values], "o-", color=ACCENT)
-    axes.axhline(max(score["floor"], LEAST_SCORE), color=MUTED, linewidth=0.8, label="floor")
+    shown = [max(value, LEAST_SCORE) for value in values]
+    axes.plot(settings, shown, "o-", color=ACCENT)
     axes.axvline(score["protocol"][name], color=INK, linewidth=0.8, linestyle=":", label="scored")
-    axes.set(xlabel=SWEPT[name], ylabel=score["metric"], yscale="log")
+    axes.set(xlabel=SWEPT[name], ylabel=score["sweeps"]["metric"], yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
-    if max(values) < 10 * max(score["floor"], LEAST_SCORE):  # else the labels would overlap
-        axes.yaxis.set_minor_formatter("{x:g}")
-    else:
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    is_narrow = max(shown) < 10 * min(shown)  # else the labels would overlap
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if is_narrow else NullFormatter())
     axes.legend(frameon=False)
     return to_svg(figure)
 

@@ -21,7 +21,7 @@ RECORD: dict[str, Any] = {
 
 def test_what_is_drawn_depends_on_what_is_evaluated(tiny_config: Path) -> None:
     config = load_config(tiny_config, ["evaluate.sweep_samples=64"])
-    training = plan_series(config, Source("training"))
+    training = plan_series(config, Source("training", num_timesteps=100))
     sweeps = [name for name in training if name not in ("samples", "untrained")]
     assert sweeps == [
         "num_steps-5", "num_steps-10", "num_steps-20", "num_steps-50", "num_steps-100",
@@ -30,7 +30,10 @@ def test_what_is_drawn_depends_on_what_is_evaluated(tiny_config: Path) -> None:
     assert training["samples"].num_samples == training["untrained"].num_samples == 128
     assert training["eta-0.5"].settings.eta == 0.5
     assert training["eta-0.5"].settings.num_steps == config.evaluate.num_steps
-    assert list(plan_series(config, Source("model", key="x"))) == ["samples", *sweeps]
+    assert list(plan_series(config, Source("model", key="x", num_timesteps=100))) == [
+        "samples",
+        *sweeps,
+    ]
     images = Source("images", manifest={"metrics": {"counts": {"train": 70}}})
     assert {name: s.num_samples for name, s in plan_series(config, images).items()} == {
         "samples": 70
@@ -38,8 +41,8 @@ def test_what_is_drawn_depends_on_what_is_evaluated(tiny_config: Path) -> None:
 
 
 def test_more_steps_than_there_are_timesteps_are_not_tried(tiny_config: Path) -> None:
-    settings = ["evaluate.sweep_samples=64", "diffusion.num_train_timesteps=20"]
-    names = plan_series(load_config(tiny_config, settings), Source("training"))
+    config = load_config(tiny_config, ["evaluate.sweep_samples=64"])
+    names = plan_series(config, Source("model", key="x", num_timesteps=20))
     assert [name for name in names if name.startswith("num_steps")] == [
         "num_steps-5",
         "num_steps-10",
@@ -68,6 +71,12 @@ def test_few_are_refused_unless_they_are_allowed(tiny_config: Path) -> None:
         tiny_config, ["evaluate.allow_few_samples=true", "evaluate.num_samples=20"]
     )
     check_counts(allowed, counts)
+    with pytest.raises(DataError, match="needs two samples and two test images at least"):
+        check_counts(allowed, counts, num_samples=1)
+    with pytest.raises(DataError, match=r"as many training images as there are samples, 901,"):
+        check_counts(allowed, counts, num_samples=901)
+    with pytest.raises(DataError, match="in 64 features needs 640 samples, and there are 128"):
+        check_counts(load_config(tiny_config), counts | {"test": 999}, num_features=64)
 
 
 def test_a_score_in_one_line() -> None:

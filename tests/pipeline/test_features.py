@@ -186,7 +186,7 @@ def test_excluded_twins_are_left_out_and_run_nothing(
     for key, drops in (("all", False), ("once", True)):
         config = own_config(str(tmp_path / "twins.tar"))
         data_settings = config.data.model_copy(update={"drop_duplicates": drops})
-        few = config.evaluate.model_copy(update={"num_samples": 10})
+        few = config.evaluate.model_copy(update={"num_samples": 30})
         config = config.model_copy(update={"data": data_settings, "evaluate": few})
         data = preprocess(config, storage, key)
         data["metrics"]["counts"] = dict(data["metrics"]["counts"], test=1000)  # enough of them
@@ -210,7 +210,7 @@ def test_a_poor_classifier_is_refused_and_not_kept(tiny_config: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"train": 100, "test": 99}, "needs evaluate.num_samples = 128 training images"),
+        ({"train": 100, "test": 99}, "as many training images as there are samples, 128, and there are 100"),
         ({"train": 999, "test": 39}, "needs 10 x features.width = 40 test images"),
     ],
 )

@@ -64,7 +64,17 @@ def test_samples_need_not_be_kept(look: Callable[..., Any]) -> None:
     seen, context = look(items, None, "evaluate.keep_samples=false")
     assert context.artifacts == {}
     assert (seen.degenerate.count, seen.degenerate.constant, seen.degenerate.black) == (70, 70, 70)
-    assert (len(seen.first), seen.by_class) == (70, {})
+    assert (len(seen.first), len(seen.spread), seen.by_class) == (64, 70, {})
+
+
+def test_those_compared_are_spread_over_all(
+    look: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery, "LOOKED_AT", 5)
+    items = np.random.default_rng(0).integers(0, 256, (150, 1, 8, 8), np.uint8)
+    seen, _ = look(items)
+    assert seen.numbers == (0, 37, 74, 112, 149)
+    assert np.array_equal(seen.spread, items[list(seen.numbers)])
 
 
 def test_sequences_are_kept_as_they_are(look: Callable[..., Any]) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, EvaluationError
-from pipeline.protocol import compare_records, differences, read_record
+from pipeline.protocol import FIELDS, compare_records, differences, read_record
 
 
 def record(value: float, low: float | None = None, high: float = 0.0, **protocol: Any) -> Any:
     interval = None if low is None else {"value": value, "low": low, "high": high}
-    return {
+    rest = dict.fromkeys(FIELDS)
+    return rest | {
         "metric": "fid[classifier]",
         "value": value,
         "unbiased": interval,
