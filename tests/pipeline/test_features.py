@@ -210,7 +210,7 @@ def test_a_poor_classifier_is_refused_and_not_kept(tiny_config: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"train": 100, "test": 99}, "training images as there are samples, 128, and there are 100"),
+        ({"train": 100, "test": 99}, "as there are samples, 128, and there are 100"),
         ({"train": 999, "test": 39}, "needs 10 x features.width = 40 test images"),
     ],
 )
