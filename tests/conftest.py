@@ -64,6 +64,12 @@ num_steps = 10
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Processes of tests heed SIGINT, which a shell has what runs in its background ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Path:
     """A config file of a run that takes seconds, on the committed digits."""

@@ -25,7 +25,10 @@ def test_an_interrupted_run_ends_at_once_and_says_how_to_go_on(
         if line.startswith("preprocess 0 of 4"):
             process.send_signal(number)
             break
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "the same command continues" in errors
     assert "Traceback" not in errors
