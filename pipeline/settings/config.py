@@ -1,0 +1,104 @@
+"""The whole of the settings, with where things are kept and run."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.data import DataConfig
+from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
+from pipeline.settings.model import DiffusionConfig, ModelConfig
+from pipeline.settings.section import Positive, Section
+from pipeline.settings.train import TrainConfig
+
+
+class StorageConfig(Section):
+    """Where everything is kept."""
+
+    root: str = Field(default="runs", min_length=1, description="directory or fsspec URI")
+
+
+class ClusterConfig(Section):
+    """Where the work runs: a Ray started here, or one that is there."""
+
+    address: str | None = Field(
+        default=None, description="of a running Ray cluster; none starts Ray here"
+    )
+    num_cpus: Positive | None = Field(
+        default=None, description="of the Ray started here; none is all"
+    )
+
+
+class Config(Section):
+    """Everything that determines a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", description="of the model")
+    storage: StorageConfig = StorageConfig()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _agree_across_sections(self) -> Self:
+        divisor = 2 ** (len(self.model.dim_mults) - 1)
+        faults = []
+        key, size = "data.resolution", self.data.shape[-1]
+        if self.data.is_sequence:
+            key = "data.sequence_shape's length"
+        if size % divisor:
+            faults.append(
+                f"{key} must be divisible by {divisor} for the "
+                f"{len(self.model.dim_mults)} levels of model.dim_mults, got {size}. "
+                "Change one of them."
+            )
+        if self.evaluate.num_steps > self.diffusion.num_train_timesteps:
+            faults.append(
+                "evaluate.num_steps must not exceed diffusion.num_train_timesteps = "
+                f"{self.diffusion.num_train_timesteps}, got {self.evaluate.num_steps}. Lower it."
+            )
+        needed = 10 * (self.features.num_features or 0)  # else counted when they are known
+        if self.evaluate.num_samples < needed and not self.evaluate.allow_few_samples:
+            faults.append(
+                f"evaluate.num_samples must be at least 10 x features.width = {needed}, got "
+                f"{self.evaluate.num_samples}. Raise it, make the features narrower, or set "
+                "evaluate.allow_few_samples."
+            )
+        if self.train.validate_every is not None and not self.data.validation_fraction:
+            faults.append(
+                "data.validation_fraction must be above 0 with train.validate_every, got 0. Raise "
+                "it or leave out train.validate_every."
+            )
+        if self.train.horizontal_flip and self.data.is_sequence:
+            faults.append(
+                "train.horizontal_flip is for images, and data.sequence_shape makes sequences. "
+                "Leave it out."
+            )
+        if self.train.fid_every is not None:
+            faults += self._faults_of_fid(needed)
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _faults_of_fid(self, needed: int) -> list[str]:
+        """What stands against scores beside training."""
+        if self.data.is_sequence:
+            return [
+                "train.fid_every scores images, and data.sequence_shape makes sequences. Leave it "
+                "out."
+            ]
+        faults = []
+        for name in ("validation_fraction", "test_fraction"):
+            if not getattr(self.data, name):
+                faults.append(
+                    f"data.{name} must be above 0 with train.fid_every, whose reference is made of "
+                    "images that are held out, got 0. Raise it or leave out train.fid_every."
+                )
+        if self.train.fid_samples < needed:
+            faults.append(
+                f"train.fid_samples must be at least 10 x features.width = {needed}, got "
+                f"{self.train.fid_samples}. Raise it or make the features narrower."
+            )
+        return faults

@@ -1,0 +1,56 @@
+"""The sections `model` and `diffusion`: the network, the schedule and the objective."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.section import Fraction, Positive, Section
+
+
+class ModelConfig(Section):
+    """The U-Net; see `diffusion_core.UNetConfig` for the meaning of each."""
+
+    dim: Positive = 64
+    dim_mults: tuple[Positive, ...] = Field(default=(1, 2, 4), min_length=1)
+    attention: tuple[Literal["none", "linear", "full"], ...] = ("none", "none", "full")
+    heads: Positive = 4
+    head_dim: Positive = 32
+    memory_kv: int = Field(default=0, ge=0, description="learned keys and values in attention")
+    norm: Literal["group", "rms"] = "group"
+    norm_groups: Positive = 8
+    downsample: Literal["unshuffle", "strided"] = "unshuffle"
+    time_features: Literal["sinusoidal", "learned", "random"] = "sinusoidal"
+    class_conditional: bool = Field(default=False, description="tell the network the labels")
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _one_attention_a_level(self) -> Self:
+        if len(self.attention) != len(self.dim_mults):
+            raise ValueError(
+                f"attention must name one kind for each of the {len(self.dim_mults)} levels of "
+                f"dim_mults, got {len(self.attention)}. Make them equally long."
+            )
+        if self.dim % 2 or (self.norm == "group" and self.dim % self.norm_groups):
+            raise ValueError(
+                f"dim must be even and divisible by norm_groups = {self.norm_groups}, got "
+                f"{self.dim}. Use a multiple of it."
+            )
+        return self
+
+
+class DiffusionConfig(Section):
+    """Schedule and objective; the options of the named schedule go into `schedule_options`."""
+
+    schedule: Literal[
+        "linear", "scaled_linear", "cosine", "sigmoid", "sqrt", "logistic", "lerp"
+    ] = "cosine"
+    schedule_options: dict[str, float | bool] = Field(default={})
+    num_train_timesteps: Positive = 1000
+    objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = "pred_v"
+    weighting: Literal["uniform", "snr", "min_snr", "vlb"] = "uniform"
+    gamma: float = Field(default=5.0, gt=0)
+    offset_noise: float = Field(default=0.0, ge=0, description="strength; 0.1 is usual")
+    self_condition: bool = Field(
+        default=False, description="show the network its own guess of the clean image"
+    )
+    learned_variance: bool = Field(default=False, description="for sampling with ddpm")
