@@ -41,7 +41,7 @@ from pipeline.config import load_config
 from pipeline.dataset import open_split
 from pipeline.driver import run_config
 from pipeline.extractors import extract, load_extractor
-from pipeline.features import read_features
+from pipeline.reference import read_features
 from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.storage import LocalStorage
 from pipeline.workflow import read_artifact
@@ -128,9 +128,8 @@ def measure_quality(arguments: argparse.Namespace, work: Path) -> dict[str, Any]
     manifests, storage = prepare(work, ("reference",))
     features, reference = manifests["features"], manifests["reference"]
     extractor = load_extractor(storage, features)
-    content = read_artifact(storage, reference, "features.safetensors")
-    real = sum_features(np.concatenate(read_features(content, "test")))
-    train = np.concatenate(read_features(content, "train"))
+    real = sum_features(read_features(storage, reference, "test"))
+    train = read_features(storage, reference, "train")
     chosen = np.random.default_rng(0).permutation(len(train))[:NUM_SAMPLES]
     sides: dict[str, Any] = {}
     for side in arguments.sides:

@@ -225,30 +225,3 @@ def _local_gpus() -> int:
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def send_task(function: Any, resources: Resources, *args: Any) -> Any:
-    """Runs a function of this project as one Ray task and returns its result.
-
-    Raises:
-        Exception: what the function raised.
-        ClusterError: the task was lost more often than Ray retries it.
-    """
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(function)
-    try:
-        return ray.get(task.remote(*args))
-    except RayTaskError as error:
-        raise error.cause from error
-    except RayError as error:
-        raise lost_task(error) from error
-
-
-def lost_task(error: Exception) -> ClusterError:
-    """The error for work that the cluster did not finish."""
-    return ClusterError(
-        f"The cluster lost a task: {str(error).strip().splitlines()[0]} Finished work is kept; "
-        "see that nodes have enough memory and run the same command again."
-    )

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cluster import send_task
 from pipeline.dataset import open_split
 from pipeline.gallery import Gallery, spread_evenly
 from pipeline.host import torch_threads
 from pipeline.scores.copies import CopyCheck, NearestImages, check_copies
 from pipeline.shards import Items, front_to_back
 from pipeline.storage import open_storage
+from pipeline.tasks import send_task
 from pipeline.workflow import Resources, StepContext
 
 HELD_OUT = 2048  # test images that tell how near is near

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusion_core import CHUNK
-from pipeline.cluster import lost_task
 from pipeline.dataset import open_split
 from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.extractors import extract, load_extractor
@@ -29,6 +28,7 @@ from pipeline.sampling import quantise, sample_items, spread_labels
 from pipeline.settings import Config, EvaluateConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.subjects import Network, Source, load_network
+from pipeline.tasks import own_errors
 from pipeline.workflow import StepContext
 
 TASKS_PER_SLOT = 4  # so that the last ones end at about the same time
@@ -65,7 +65,6 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
         ClusterError: Ray lost a task more often than it is tried again.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
 
     config, storage = context.config, context.storage
     total = sum(series.num_samples for series in all_series)
@@ -90,7 +89,7 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
     context.progress(done, total, "samples")
     arguments = (storage.uri, config.model_dump_json(), json.dumps(context.inputs["features"]))
     running: list[Any] = [task.remote(*arguments, context.directory, group) for group in groups]
-    try:
+    with own_errors(running):
         while running:
             (ready, *_), _ = ray.wait(running, num_returns=1)
             chunks: Any = ready  # a generator of references
@@ -102,13 +101,6 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
             rate = (done - before) / (time.monotonic() - started)
             rates = {"rate": rate, "rate_unit": "samples/s", "left_s": (total - done) / rate}
             context.progress(done, total, "samples", **rates)
-    except RayTaskError as error:
-        raise error.cause from error
-    except RayError as error:
-        raise lost_task(error) from error
-    finally:
-        for left_over in running:  # where one failed, the others need not go on
-            ray.cancel(left_over)
 
 
 def read_all(context: StepContext, series: Series, name: str) -> np.ndarray:

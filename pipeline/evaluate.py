@@ -17,16 +17,12 @@ from pipeline.copy_search import find_copies
 from pipeline.drawing import Series, chunk_directory, draw, read_all
 from pipeline.errors import EvaluationError
 from pipeline.extractors import score_name
-from pipeline.features import (
-    SAMPLES_PER_FEATURE,
-    check_counts,
-    read_features,
-    read_sums,
-)
+from pipeline.features import SAMPLES_PER_FEATURE, check_counts
 from pipeline.gallery import Gallery, look_through
 from pipeline.loader import keyed_seed
 from pipeline.pictures import draw_pictures
 from pipeline.protocol import RECORD, make_protocol
+from pipeline.reference import pick_features, read_features, read_sums
 from pipeline.scores import show_number
 from pipeline.scores.frechet import FeatureSums, frechet_distance, sum_features
 from pipeline.scores.inception_score import inception_score
@@ -99,8 +95,7 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
     config, settings = context.config, context.config.evaluate
     features, reference = context.inputs["features"], context.inputs["reference"]
     sums = read_sums(context.read_input("reference", "sums.safetensors"), REFERENCE_SPLIT)
-    content = context.read_input("reference", "features.safetensors")
-    real = np.concatenate(read_features(content, REFERENCE_SPLIT))
+    real = read_features(context.storage, reference, REFERENCE_SPLIT)
     generated = read_all(context, series["samples"], "features")
 
     def distance(found: np.ndarray) -> float:
@@ -112,9 +107,9 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
             )
         return value
 
-    train = np.concatenate(read_features(content, "train"))
     order = np.random.Generator(np.random.Philox(key=keyed_seed("floor", settings.seed)))
-    floor = train[order.permutation(len(train))[: len(generated)]]
+    chosen = order.permutation(reference["metrics"]["counts"]["train"])[: len(generated)]
+    floor = pick_features(context.storage, reference, "train", chosen)
     is_fixed = settings.interval_reference == "fixed"
     few = few_samples(min(len(generated), sums.count), generated.shape[1])
     found = precision_recall(real, generated)

@@ -21,18 +21,18 @@ from pipeline.dataset import class_counts, read_dataset
 from pipeline.drawing import draw_chunk
 from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors import load_extractor, score_name
-from pipeline.features import read_features
 from pipeline.fid_weights import step_of
 from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
 from pipeline.protocol import make_protocol
+from pipeline.reference import read_features
 from pipeline.sampling import spread_labels
 from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.settings import Config
 from pipeline.storage import open_storage
 from pipeline.subjects import Network
 from pipeline.training_views import TensorBoard
-from pipeline.workflow import StepContext, hash_json, read_artifact
+from pipeline.workflow import StepContext, hash_json
 
 SPLIT = "validation"  # never test: who chooses by these scores must not spoil the final one
 LOOK_EVERY_S = 2.0
@@ -335,10 +335,9 @@ def score_weights(
     model = make_unet(config, config.train.seed, num_classes)
     model.load_state_dict(safetensors.torch.load(storage.read(path)))
     network = Network(model, make_diffusion(config, num_classes), counts)
-    content = read_artifact(storage, inputs["reference"], "features.safetensors")
     keep_freed_memory()
     with torch_threads(1):
-        reference = sum_features(np.concatenate(read_features(content, SPLIT)))
+        reference = sum_features(read_features(storage, inputs["reference"], SPLIT))
         found = []
         for first in range(0, num_samples, CHUNK):
             numbers, labels = range(first, min(first + CHUNK, num_samples)), None

@@ -4,7 +4,6 @@ Each shard is one unit (`units.py`), done once, in a task of Ray Data with a few
 adds the units up (`dataset.py`) and refuses a data set of which too much cannot be used.
 """
 
-import heapq
 import json
 import logging
 import time
@@ -21,6 +20,7 @@ from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard, list_inputs
 from pipeline.storage import Storage, open_storage
+from pipeline.tasks import share_out
 from pipeline.units import (
     SPLITS,
     STORAGE_THREADS,
@@ -138,14 +138,10 @@ def _group(shards: Sequence[InputShard], num_cpus: int) -> list[list[InputShard]
     Tasks are as equal in bytes as can be, and enough to be even at the end and to tell progress.
     """
     num_bytes = sum(shard.num_bytes for shard in shards)
-    count = min(len(shards), max(TASKS_PER_CPU * num_cpus, num_bytes // BYTES_PER_TASK))
-    groups: list[list[InputShard]] = [[] for _ in range(count)]
-    smallest = [(0, number) for number in range(count)]
-    for shard in sorted(shards, key=lambda shard: (-shard.num_bytes, shard.name)):
-        size, number = heapq.heappop(smallest)
-        groups[number].append(shard)
-        heapq.heappush(smallest, (size + shard.num_bytes, number))
-    return groups
+    count = max(TASKS_PER_CPU * num_cpus, num_bytes // BYTES_PER_TASK)
+    return share_out(
+        shards, count, size_of=lambda shard: shard.num_bytes, name_of=lambda shard: shard.name
+    )
 
 
 class _Progress:

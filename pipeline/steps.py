@@ -77,8 +77,8 @@ def make_steps(
         _features_step(config, order, extractor or {}),
         Step(
             name="reference",
-            version=2,
-            function="pipeline.features:measure_reference",
+            version=3,
+            function="pipeline.reference:measure_reference",
             settings={},
             inputs=("preprocess", "features"),
             resources=WHOLE_CLUSTER,

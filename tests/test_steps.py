@@ -36,7 +36,7 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
     assert {step.name: step.version for step in steps} == {
         "preprocess": 3,
         "features": 2,
-        "reference": 2,
+        "reference": 3,
         "train": 3,
         "evaluate": 4,
         "promote": 1,

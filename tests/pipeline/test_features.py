@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import features as steps
+from pipeline import features as features_step
+from pipeline import reference as reference_step
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
 from pipeline.dataset import make_document, open_split
@@ -20,10 +21,12 @@ from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors import ARTIFACT, extract, load_extractor
 from pipeline.extractors.classifier import train_classifier
 from pipeline.feature_cache import FeatureCache, FeatureFile, make_features
-from pipeline.features import (
+from pipeline.features import make_extractor
+from pipeline.reference import (
     group_files,
-    make_extractor,
+    iter_features,
     measure_reference,
+    pick_features,
     read_features,
     read_sums,
 )
@@ -102,8 +105,8 @@ def forwarded(monkeypatch: Any) -> list[int]:
         for group in group_files(missing, 2):
             make_features(context.storage.uri, features, group, cache_bytes)
 
-    monkeypatch.setattr(steps, "send_task", send)
-    monkeypatch.setattr(steps, "_run_tasks", run)
+    monkeypatch.setattr(features_step, "send_task", send)
+    monkeypatch.setattr(reference_step, "_run_tasks", run)
     return counts
 
 
@@ -146,13 +149,14 @@ def test_a_changed_shard_is_all_that_is_forwarded_again(
     assert counts[1] == sum(unit["splits"][s]["count"] for unit in units for s in SPLITS)
     assert counts[2] == 0
     assert forwarded == counts[:2]
-    contents = [read(storage, m, "features.safetensors") for m in (found[0], found[2])]
-    assert contents[0] == contents[1]
+    assert found[0]["artifacts"] == found[2]["artifacts"]  # by hash
 
 
+@pytest.mark.parametrize("part_bytes", [1, 1 << 28])
 def test_the_reference_holds_each_split_in_the_order_of_its_items(
-    own_config: Callable[..., Config], tmp_path: Path
+    own_config: Callable[..., Config], tmp_path: Path, monkeypatch: Any, part_bytes: int
 ) -> None:
+    monkeypatch.setattr(reference_step, "PART_BYTES", part_bytes)
     config = own_config("digits-000[01].tar")
     settings = config.data.model_copy(update={"drop_duplicates": True})
     config = config.model_copy(update={"data": settings})
@@ -162,15 +166,18 @@ def test_the_reference_holds_each_split_in_the_order_of_its_items(
     inputs = {"preprocess": data, "features": features}
     reference = run_step("reference", measure_reference, config, storage, inputs)
     extractor = load_extractor(storage, features)
-    content = read(storage, reference, "features.safetensors")
     sums = read(storage, reference, "sums.safetensors")
     for split in SPLITS:
         items = open_split(storage, data, split)
         expected = extract(extractor, items.gather(np.arange(len(items))))
-        parts = read_features(content, split)
-        assert [len(part) for part in parts] == list(items.counts)
-        assert np.allclose(np.concatenate(parts), expected, atol=1e-5)
-        whole, found = sum_features(np.concatenate(parts)), read_sums(sums, split)
+        parts = [len(part) for part in iter_features(storage, reference, split)]
+        assert parts == (list(items.counts) if part_bytes == 1 else [len(items)])
+        features_of_split = read_features(storage, reference, split)
+        assert np.allclose(features_of_split, expected, atol=1e-5)
+        numbers = np.random.default_rng(0).permutation(len(items))[: len(items) // 2]
+        picked = pick_features(storage, reference, split, numbers)
+        assert np.array_equal(picked, features_of_split[numbers])
+        whole, found = sum_features(features_of_split), read_sums(sums, split)
         assert found.count == whole.count == data["metrics"]["counts"][split]
         assert found.total == pytest.approx(whole.total, rel=1e-12)
         assert found.outer == pytest.approx(whole.outer, rel=1e-12)
@@ -268,8 +275,8 @@ def test_the_classifier_is_the_same_from_a_remote_root(
         }  # fmt: skip
         inputs = {"preprocess": data, "features": manifest}
         reference = run_step("reference", measure_reference, config, storage, inputs)
-        content = read(storage, reference, "features.safetensors")
-        found.append((weights, facts, reference["metrics"], content))
+        hashes = {name: a["sha256"] for name, a in reference["artifacts"].items()}
+        found.append((weights, facts, reference["metrics"], hashes))
     assert found[0] == found[1]
     assert found[0][1]["num_classes"] == 10
     assert 0 < found[0][1]["train_accuracy"] < 1

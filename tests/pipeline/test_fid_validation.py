@@ -84,10 +84,7 @@ class Training:
         torch.manual_seed(0)
         weights = to_safetensors(SmallNetwork(1, num_features, 10).state_dict())
         drawn = np.random.default_rng(0).normal(size=(60, num_features)).astype(np.float32)
-        found = {
-            f"{split}/a": torch.from_numpy(drawn.copy())
-            for split in ("train", "validation", "test")
-        }
+        found = safetensors.torch.save({"features": torch.from_numpy(drawn)})
         inputs: dict[str, Mapping[str, Any]] = {
             "preprocess": self._finish("preprocess", {}),
             "features": self._finish(
@@ -96,7 +93,7 @@ class Training:
                 classifies=True,
             ),
             "reference": self._finish(
-                "reference", {"features.safetensors": safetensors.torch.save(found)},
+                "reference", {"validation-00000.safetensors": found},
                 counts={"train": 60, "validation": 60, "test": 60},
             ),
         }  # fmt: skip
