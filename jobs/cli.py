@@ -133,7 +133,8 @@ def evaluate(
     def find(loaded: Config) -> Subject | None:
         return find_subject(loaded, checkpoint=checkpoint, images=images or (), converts=converts)
 
-    _run_steps(config, set_, as_json, no_wait, ("evaluate",), find_subject=find)
+    target = "evaluate" if checkpoint is None and not images else "report"  # of that alone
+    _run_steps(config, set_, as_json, no_wait, (target,), find_subject=find)
 
 
 @app.command()

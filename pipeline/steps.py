@@ -111,7 +111,8 @@ def make_steps(
     match subject:
         case GivenModel(key=key):
             settings = {**evaluate.settings, **mirrored, "model_key": key}
-            return [*steps, replace(evaluate, settings=settings, inputs=evaluated)]
+            evaluate = replace(evaluate, settings=settings, inputs=evaluated)
+            return [*steps, evaluate, _evaluation_page(evaluate, f"{config.name}: model {key[:8]}")]
         case GivenImages(sources=sources, shards=given):
             images = Step(
                 name="images",
@@ -122,8 +123,9 @@ def make_steps(
                 resources=WHOLE_CLUSTER,
             )
             settings = {**evaluate.settings, **mirrored}
-            inputs = (*evaluated, "images")
-            return [*steps, images, replace(evaluate, settings=settings, inputs=inputs)]
+            evaluate = replace(evaluate, settings=settings, inputs=(*evaluated, "images"))
+            title = f"{config.name}: {', '.join(sources)}"
+            return [*steps, images, evaluate, _evaluation_page(evaluate, title)]
     return [
         *steps,
         evaluate,
@@ -142,6 +144,17 @@ def make_steps(
             inputs=("preprocess", "features", "reference", "train", "evaluate", "promote"),
         ),
     ]
+
+
+def _evaluation_page(evaluate: Step, title: str) -> Step:
+    """The report of something else than the config's training."""
+    return Step(
+        name="report",
+        version=1,
+        function="pipeline.report.page:report_evaluation",
+        settings={"title": title},
+        inputs=(*evaluate.inputs, "evaluate"),
+    )
 
 
 def _preprocess_settings(data: DataConfig, shards: Sequence[InputShard]) -> dict[str, Any]:

@@ -165,12 +165,16 @@ def test_the_same_network_as_a_model_folder_scores_the_same(
     assert done.returncode == 0, done.stdout + done.stderr
     steps = {step["step"]: step["action"] for step in json.loads(done.stdout)["steps"]}
     assert steps == {"preprocess": "cached", "features": "cached", "reference": "cached",
-                     "evaluate": "run"}  # fmt: skip
+                     "evaluate": "run", "report": "run"}  # fmt: skip
     ours = story.last["metrics"]["evaluate"]
     theirs = json.loads(done.stdout)["metrics"]["evaluate"]
     assert theirs["value"] == pytest.approx(ours["value"], rel=1e-9)
     assert theirs["ceiling"] is None
     assert theirs["protocol"] == ours["protocol"]
+    page = Path(json.loads(done.stdout)["report"]).read_text()
+    assert "an untrained network" not in page
+    for heading in ("Samples", "Copies?", "Between data and noise", "Protocol of the score"):
+        assert f"<h2>{heading}</h2>" in page
 
 
 def test_the_samples_as_images_score_the_same_and_do_not_compare(
@@ -190,6 +194,9 @@ def test_the_samples_as_images_score_the_same_and_do_not_compare(
     ours, theirs = story.last["metrics"]["evaluate"], found["metrics"]["evaluate"]
     assert theirs["value"] == pytest.approx(ours["value"], rel=1e-9)
     assert theirs["precision_recall"]["count"] == ours["precision_recall"]["count"]
+    page = Path(found["report"]).read_text()
+    assert "<h2>Copies?</h2>" in page
+    assert "<h2>Between data and noise</h2>" not in page
 
     (story.directory / "score.json").write_text(json.dumps(theirs))
     runs = ("compare", story.last["run"], "score.json")

@@ -1,4 +1,4 @@
-"""The step `report`: everything about a run on one page that needs no other file."""
+"""The step `report`: all about a run or an evaluation, on one page that needs no other file."""
 
 import json
 import time
@@ -25,10 +25,8 @@ TILE_PX, STRIP_TILE_PX = 50, 88  # about how large one image is drawn
 
 
 def report(context: StepContext) -> dict[str, Any]:
-    """Renders the page from the other steps' results."""
+    """Renders the page of a run from the other steps' results."""
     inputs, config = context.inputs, context.config
-    score = inputs["evaluate"]["metrics"]
-    pictures = safetensors.numpy.load(context.read_input("evaluate", "pictures.safetensors"))
     history = [
         json.loads(line) for line in context.read_input("train", "metrics.jsonl").splitlines()
     ]
@@ -38,31 +36,57 @@ def report(context: StepContext) -> dict[str, Any]:
         scores = [json.loads(line) for line in lines]
     page = render(
         "report.html.jinja",
-        config=config,
+        **_describe_evaluation(context),
+        title=config.name,
         config_text=_config_text(config.model_dump(mode="json", exclude={"cluster", "storage"})),
-        score=score,
-        inputs=inputs,
-        data=inputs["preprocess"]["metrics"],
-        features=inputs["features"]["metrics"],
         train=inputs["train"]["metrics"],
         promotion=inputs["promote"]["metrics"],
-        timings=[(name, manifest["seconds"]) for name, manifest in inputs.items()],
-        versions=inputs["evaluate"]["versions"],
-        host=inputs["train"]["host"],
-        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        **_draw_pictures(pictures),
         loss=loss_curve([h["global_step"] for h in history], [h["loss"] for h in history]),
         scores=scores,
         score_curve=_draw_scores(scores),
         schedule=schedule_curve(make_diffusion(config).schedule),
-        scale=score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),
-        sweeps=[
-            (name, sweep_curve([x for x, _ in points], [y for _, y in points], name, score))
-            for name, points in (score["sweeps"] or {"values": {}})["values"].items()
-        ],
     )
     context.write_artifact("report.html", page.encode())
     return {"bytes": len(page)}
+
+
+def report_evaluation(context: StepContext) -> dict[str, Any]:
+    """Renders the page of a model made elsewhere, or of images that were given."""
+    config = context.config
+    sections = {"name", "data", "features", "evaluate"}
+    page = render(
+        "evaluation.html.jinja",
+        **_describe_evaluation(context),
+        title=context.planned.step.settings["title"],
+        subtitle=f"evaluated on the data set of {config.name}",
+        config_text=_config_text(config.model_dump(mode="json", include=sections)),
+    )
+    context.write_artifact("report.html", page.encode())
+    return {"bytes": len(page)}
+
+
+def _describe_evaluation(context: StepContext) -> dict[str, Any]:
+    """What both pages say of the score, the pictures, the data set and the steps."""
+    inputs = context.inputs
+    score = inputs["evaluate"]["metrics"]
+    pictures = safetensors.numpy.load(context.read_input("evaluate", "pictures.safetensors"))
+    return {
+        "config": context.config,
+        "score": score,
+        "inputs": inputs,
+        "data": inputs["preprocess"]["metrics"],
+        "features": inputs["features"]["metrics"],
+        "timings": [(name, manifest["seconds"]) for name, manifest in inputs.items()],
+        "versions": inputs["evaluate"]["versions"],
+        "host": inputs["evaluate"]["host"],
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        **_draw_pictures(pictures),
+        "scale": score_scale(score["value"], score["floor"], score["ceiling"], score["metric"]),
+        "sweeps": [
+            (name, sweep_curve([x for x, _ in points], [y for _, y in points], name, score))
+            for name, points in (score["sweeps"] or {"values": {}})["values"].items()
+        ],
+    }
 
 
 def _draw_pictures(pictures: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -79,6 +103,7 @@ def _draw_pictures(pictures: dict[str, np.ndarray]) -> dict[str, Any]:
         ]
 
     drawn: dict[str, Any] = {
+        "shown": len(pictures["samples"]),
         "samples": draw_uri(pictures["samples"], COLUMNS, TILE_PX),
         "real": draw_uri(pictures["real"][:SHOWN], COLUMNS, TILE_PX),
         "by_class": [(label, strip(items)) for label, items in named("class-")],

@@ -138,19 +138,22 @@ def sweep_curve(
     return to_svg(figure)
 
 
-def score_scale(value: float, floor: float, ceiling: float, name: str) -> str:
-    """Where a score lies between its floor and its ceiling, on a log axis, as SVG."""
+def score_scale(value: float, floor: float, ceiling: float | None, name: str) -> str:
+    """Where a score lies, with its floor and its ceiling if it has one, on a log axis, as SVG."""
     figure = Figure(figsize=(10.5, 1.5), layout="constrained")
     axes = figure.subplots()
     low = max(min(value, floor) / 2, LEAST_SCORE)
-    axes.set(xscale="log", xlim=(low, max(value, ceiling) * 2), ylim=(-1.5, 1.5), yticks=[])
+    high = 2 * max(value, floor if ceiling is None else ceiling, low)
+    axes.set(xscale="log", xlim=(low, high), ylim=(-1.5, 1.5), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.axhline(0, color=MUTED, linewidth=1, zorder=0)
-    for x, label, height, colour in (  # at two heights, for floor and value may be close
+    marks = [  # at two heights, for floor and value may be close
         (floor, f"real images: {show_number(floor)}", -1.1, INK),
-        (value, f"this model: {show_number(value)}", 0.55, ACCENT),
-        (ceiling, f"untrained: {show_number(ceiling)}", -1.1, INK),
-    ):
+        (value, f"evaluated: {show_number(value)}", 0.55, ACCENT),
+    ]
+    if ceiling is not None:
+        marks.append((ceiling, f"untrained: {show_number(ceiling)}", -1.1, INK))
+    for x, label, height, colour in marks:
         axes.plot([max(x, low)], [0], "o", color=colour, markersize=9)
         axes.annotate(label, (max(x, low), height), ha="center", color=colour, fontsize=10)
     axes.xaxis.set_major_formatter("{x:g}")
