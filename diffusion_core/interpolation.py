@@ -1,7 +1,7 @@
 """Images between two images."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from diffusion_core.process import Denoiser, Diffusion
@@ -19,6 +19,7 @@ def interpolate(
     noise: Float[Tensor, "batch ..."],
     num_steps: int | None = None,
     clip_x_start: bool = True,
+    class_labels: Int64[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch ..."]:
     """Images between two: both noised to t with one noise, mixed, and denoised with DDIM.
 
@@ -32,6 +33,7 @@ def interpolate(
         noise: standard normal, shared by both, so that weight 0 and 1 come back to the images.
         num_steps: of DDIM, evenly spaced from t to 0; all t + 1 of them when not given.
         clip_x_start: as in `sample_ddim`.
+        class_labels: of each image between, for a network that is told the class.
 
     Raises:
         ValueError: t, weight or num_steps out of range.
@@ -57,4 +59,11 @@ def interpolate(
         diffusion.q_sample(x_2, t_batch, noise),
         weights.view(-1, *[1] * (x_1.ndim - 1)),
     )
-    return sample_ddim(diffusion, model, x_t, timesteps=steps, clip_x_start=clip_x_start)
+    return sample_ddim(
+        diffusion,
+        model,
+        x_t,
+        timesteps=steps,
+        clip_x_start=clip_x_start,
+        class_labels=class_labels,
+    )

@@ -40,7 +40,8 @@ def draw_pictures(
     data, cache_bytes = dict(context.inputs["preprocess"]), config.data.cache_bytes
     test = open_split(context.storage, data, REFERENCE_SPLIT, whole=False, cache_bytes=cache_bytes)
     with contextlib.closing(test):
-        real = test.gather(np.array(spread_evenly(len(test), SHOWN)))
+        numbers = np.array(spread_evenly(len(test), SHOWN))
+        real, labels = test.gather(numbers), test.labels_of(numbers)
     pictures = {"samples": seen.first, "real": real}
     pictures |= {f"class-{label}": items for label, items in seen.by_class.items()}
     if copies is not None:
@@ -52,7 +53,9 @@ def draw_pictures(
             pictures["noising"] = _noise_one(network, real[0])
             pictures["denoising"] = _denoise_one(context, network)
             for k in range(min(PAIRS, len(real) // 2)):
-                pictures[f"interpolation-{k}"] = _interpolate(network, real[2 * k : 2 * k + 2], k)
+                pair = slice(2 * k, 2 * k + 2)
+                strip = _interpolate(network, real[pair], labels[pair], seed=k)
+                pictures[f"interpolation-{k}"] = strip
     return pictures
 
 
@@ -90,12 +93,17 @@ def _denoise_one(context: StepContext, network: Network) -> np.ndarray:
     return np.stack(states)
 
 
-def _interpolate(network: Network, pair: np.ndarray, seed: int) -> np.ndarray:
-    """From one real item to another: both ends as they are, and what lies between."""
+def _interpolate(network: Network, pair: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """From one real item to another: both ends as they are, and what lies between.
+
+    A network that is told the class is told that of the nearer end.
+    """
     x = _to_x(pair)
     noise, _ = make_image_noise(pair.shape[1:], [seed])
     t = int(INTERPOLATED_AT * network.diffusion.num_train_timesteps)
     weights = torch.linspace(0, 1, STRIP_LENGTH - 2)
+    nearer = torch.from_numpy(labels)[(weights > 0.5).long()]
+    is_told = network.counts is not None and network.counts.keys() >= set(labels.tolist())
     between = interpolate(
         network.diffusion,
         network.model,
@@ -104,6 +112,7 @@ def _interpolate(network: Network, pair: np.ndarray, seed: int) -> np.ndarray:
         weight=weights,
         noise=noise.expand(len(weights), *x.shape[1:]),
         num_steps=min(INTERPOLATION_STEPS, t + 1),
+        class_labels=nearer if is_told else None,
     )
     return np.concatenate([pair[:1], _from_x(between, pair.dtype), pair[1:]])
 
