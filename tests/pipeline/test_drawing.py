@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from pipeline import drawing
 from pipeline.checkpoints import to_safetensors
 from pipeline.config import load_config
-from pipeline.drawing import Series, _deal, _draw_chunks
+from pipeline.drawing import Series, _deal, _draw_chunks, draw_chunk
 from pipeline.errors import EvaluationError
 from pipeline.extractors import ARTIFACT
 from pipeline.extractors.small import SmallNetwork
@@ -104,6 +106,44 @@ def test_what_is_drawn_is_not_drawn_again(
     storage.create("d/chunks/x-00000064.safetensors", b"drawn before")
     assert run("d", [(series, first) for first in series.starts]) == [64, 64, 22]
     assert read(storage, "d")["x-00000064.safetensors"] == b"drawn before"
+
+
+def draw_and_tell(arguments: tuple[Any, ...], told: Connection) -> None:
+    """A process that draws; it says when each chunk is there, and never ends by itself."""
+    for count in _draw_chunks(*arguments):
+        told.send(count)
+    told.recv()
+
+
+def test_a_killed_task_repeats_one_chunk(
+    config: Config,
+    features: str,
+    storage: LocalStorage,
+    series: Series,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs = [(series, first) for first in series.starts]
+    arguments = (storage.uri, config.model_dump_json(), features, "d", jobs)
+    context = multiprocessing.get_context("spawn")
+    told, tells = context.Pipe()
+    process = context.Process(target=draw_and_tell, args=(arguments, tells), daemon=True)
+    process.start()
+    assert told.recv() == 64
+    process.kill()
+    process.join()
+    before = read(storage, "d")
+    drawn: list[int] = []
+
+    def count_and_draw(*arguments: Any) -> Any:
+        drawn.append(arguments[3][0])
+        return draw_chunk(*arguments)
+
+    monkeypatch.setattr(drawing, "draw_chunk", count_and_draw)
+    assert list(_draw_chunks(*arguments)) == [64, 64, 22]
+    assert drawn == [first for first in series.starts if f"x-{first:08d}.safetensors" not in before]
+    assert 1 <= len(before) <= 3
+    after = read(storage, "d")
+    assert {name: after[name] for name in before} == before
 
 
 def test_settings_of_a_series_count_and_not_those_of_the_config(
