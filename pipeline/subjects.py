@@ -117,7 +117,15 @@ def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:
     """
     if not path.is_dir():
         with tempfile.TemporaryDirectory() as directory:
-            import_checkpoint(path, Path(directory, "model"))
+            try:
+                import_checkpoint(path, Path(directory, "model"))
+            except DataError as error:
+                if not path.exists():
+                    raise
+                raise DataError(
+                    f"{error} What it takes options to read, `raydiffusion import {path} --output "
+                    "FOLDER` reads; then give the folder."
+                ) from error
             return _copy_folder(Path(directory, "model"), path.name, config, storage)
     return _copy_folder(path, path.name, config, storage)
 

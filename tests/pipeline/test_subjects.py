@@ -99,6 +99,21 @@ def test_a_damaged_checkpoint_is_refused(tiny_config: Path, tmp_path: Path, cont
         import_model(path, config_of(tiny_config), LocalStorage(str(tmp_path / "root")))
 
 
+def test_one_that_takes_options_to_read_is_to_be_imported_first(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    for weights in (content["model"], content["ema"]):  # as before 1.5: the objective is nowhere
+        for name in [name for name in weights if name.endswith("loss_weight")]:
+            old = name.replace("loss_weight", "p2_loss_weight")
+            weights[old] = torch.ones_like(weights.pop(name))
+    torch.save(content, checkpoint)
+    fault = r"Give objective; .* `raydiffusion import .*model-1\.pt --output FOLDER` reads"
+    storage, config = LocalStorage(str(tmp_path / "root")), config_of(tiny_config, "data.mode=RGB")
+    with pytest.raises(DataError, match=fault):
+        import_model(checkpoint, config, storage)
+
+
 def test_a_copy_that_is_damaged_is_said(
     checkpoint: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
