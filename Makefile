@@ -11,6 +11,8 @@ PYTHON ?= python3.11
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread each, where several processes share the cores: more would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: demo test test-all lint setup clean
 
@@ -18,10 +20,10 @@ demo: setup
 	$(BIN)/raydiffusion run examples/digits/digits.toml
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST) -n 2 --dist loadgroup
 
-test-all: lint
-	$(BIN)/pytest -m "slow or not slow"
+test-all: test
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

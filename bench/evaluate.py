@@ -22,6 +22,7 @@ does not show: GPUs, larger images, several nodes.
 import argparse
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -79,6 +80,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     import ray
 
     rates: dict[str, list[float]] = {}
+    # Ray's workers yield to all else by default, the bare loops beside them do not.
+    os.environ.update(RAY_worker_niceness="0")
     ray.init(
         num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR,

@@ -8,6 +8,8 @@
   decoder that Pillow offers: libjpeg-turbo with a DCT-scaled draft, when that is faster than the
   full decode. It runs before and after the step; the mean counts. `submitted_ratio` counts from
   the first shard submitted, so with the second or so that Ray Data takes to start.
+- `side_by_side_ratio`: the same over as many bare loops as there are cores at the same time, which
+  share caches and memory as the workers do; `bare_scaling` says what that leaves of each loop.
 - `memory_growth`: the largest ratio, over the driver, Ray's daemons, the workers and the object
   store, of peak memory with 20,000 images to that with 2,000; `one_shard` likewise where all
   images are in one tar file.
@@ -22,6 +24,7 @@ import argparse
 import io
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import tarfile
@@ -124,6 +127,8 @@ def measure_throughput(directory: Path, jpegs: list[bytes]) -> dict[str, Any]:
 
     cores = len(os.sched_getaffinity(0))
     before = loop_rates(jpegs)
+    # Ray's workers yield to all else by default, the bare loops beside them do not.
+    os.environ.update(RAY_worker_niceness="0")
     ray.init(
         num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
@@ -136,6 +141,8 @@ def measure_throughput(directory: Path, jpegs: list[bytes]) -> dict[str, Any]:
     loops = {kind: (before[kind] + after[kind]) / 2 for kind in before}
     bare = cores * max(loops["bare_full"], loops["bare_draft"])
     return {
+        "side_by_side_ratio": round(step["done"] / loops["side_by_side"], 3),
+        "bare_scaling": round(loops["side_by_side"] / bare, 3),
         "decode_ratio": round(step["done"] / bare, 3),
         "submitted_ratio": round(step["submitted"] / bare, 3),
         "step_images_per_s": {since: round(rate) for since, rate in step.items()},
@@ -173,7 +180,31 @@ def loop_rates(jpegs: list[bytes]) -> dict[str, float]:
         for content in chosen:
             decode(content)
         rates[name] = len(chosen) / (time.monotonic() - started)
+    is_faster = rates["bare_draft"] > rates["bare_full"]
+    rates["side_by_side"] = side_by_side_rate(chosen, draft=is_faster)
     return rates
+
+
+def side_by_side_rate(jpegs: list[bytes], *, draft: bool) -> float:
+    """Images a second of as many bare loops as there are cores, together."""
+    context = multiprocessing.get_context("fork")
+    cores = len(os.sched_getaffinity(0))
+    barrier, rates = context.Barrier(cores), context.SimpleQueue()
+
+    def loop() -> None:
+        barrier.wait()
+        started = time.monotonic()
+        for content in jpegs:
+            bare_decode(content, draft=draft)
+        rates.put(len(jpegs) / (time.monotonic() - started))
+
+    processes = [context.Process(target=loop) for _ in range(cores)]
+    for process in processes:
+        process.start()
+    found = [rates.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(found)
 
 
 def bare_decode(content: bytes, *, draft: bool) -> np.ndarray:

@@ -32,6 +32,7 @@ from pipeline.storage import Storage, hash_content, size_of_content
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
 
+OWN_RAY = {"test_local_ray.py"}  # modules whose tests start Ray themselves
 TINY = """
 name = "tiny"
 [data]
@@ -62,6 +63,14 @@ num_steps = 100
 num_samples = 128
 num_steps = 10
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side run modules, for their fixtures are shared, but all with Ray in one process."""
+    for item in items:
+        needs_ray = "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.name in OWN_RAY
+        group = "ray" if needs_ray else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
