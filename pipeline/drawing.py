@@ -92,12 +92,13 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
     with own_errors(running):
         while running:
             (ready, *_), _ = ray.wait(running, num_returns=1)
+            running.remove(ready)
             chunks: Any = ready  # a generator of references
             try:
                 done += int(ray.get(next(chunks)))  # pyright: ignore[reportArgumentType]
             except StopIteration:
-                running.remove(ready)
                 continue
+            running.append(ready)
             rate = (done - before) / (time.monotonic() - started)
             rates = {"rate": rate, "rate_unit": "samples/s", "left_s": (total - done) / rate}
             context.progress(done, total, "samples", **rates)

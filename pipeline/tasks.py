@@ -22,16 +22,17 @@ def send_task(function: Any, resources: Resources, *args: Any) -> Any:
 
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(function)
     reference = task.remote(*args)
-    with own_errors([reference]):
+    with own_errors():
         return ray.get(reference)
 
 
 @contextlib.contextmanager
-def own_errors(running: Sequence[Any]) -> Iterator[None]:
+def own_errors(running: Sequence[Any] = ()) -> Iterator[None]:
     """Raises what a task raised as itself, and takes back those that need not go on then.
 
     Args:
-        running: references to the tasks that are not done; may change meanwhile.
+        running: references to the tasks that are not done; may change meanwhile. Ray may crash
+            when one that is done is taken back.
 
     Raises:
         Exception: what a task raised.
