@@ -32,7 +32,7 @@ from pipeline.storage import Storage, hash_content, size_of_content
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
 
-OWN_RAY = {"test_local_ray.py"}  # modules whose tests start Ray themselves
+OWN_RAY = {"test_local_ray.py", "test_preprocess_story.py"}  # their tests start Ray themselves
 TINY = """
 name = "tiny"
 [data]
@@ -66,11 +66,17 @@ num_steps = 10
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side run modules, for their fixtures are shared, but all with Ray in one process."""
+    """Side by side run modules, whose fixtures are shared; those with Ray are one group, the first.
+
+    So there is one Ray at a time, and what takes longest does not begin last.
+    """
+
+    def needs_ray(item: pytest.Item) -> bool:
+        return "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.name in OWN_RAY
+
+    items.sort(key=lambda item: not needs_ray(item))
     for item in items:
-        needs_ray = "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.name in OWN_RAY
-        group = "ray" if needs_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray(item) else str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)
