@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs import exchanging, submit
+from jobs import exchanging, registry, submit
 from jobs.console import EventPrinter, show_plan, show_schedules
 from jobs.diagnosis import diagnose
 from jobs.exit_codes import errors_to_exit_codes
@@ -258,7 +258,7 @@ def schedules(
             show_schedules(Console(), rows, output)
 
 
-for part in (exchanging.app, submit.app):
+for part in (exchanging.app, registry.app, submit.app):
     app.add_typer(part)
 
 

@@ -136,7 +136,7 @@ def ray_head() -> Iterator[Head]:
         yield head
     finally:
         process.terminate()  # it ends those that it started
-        process.wait(timeout=60)
+        process.wait(timeout=DEADLINE_S)
         shutil.rmtree(temp, ignore_errors=True)
 
 

@@ -35,7 +35,7 @@ class Cluster:
             yield part
         if end == "hang":
             await asyncio.Event().wait()
-        if end is not None:
+        elif end is not None:
             raise end
 
     def job(self, job_id: str) -> Job:
