@@ -1,10 +1,27 @@
+import json
+import multiprocessing
+import os
+import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.registry import Registry, _judge
-from pipeline.storage import LocalStorage
+from pipeline.config import load_config
+from pipeline.errors import BusyError, ConfigError, StorageError
+from pipeline.registry import (
+    Registry,
+    _judge,
+    line_of_champions,
+    list_models,
+    open_registry,
+    promote,
+)
+from pipeline.settings import Config
+from pipeline.storage import LocalStorage, open_storage
+from pipeline.workflow import PlannedStep, Step, StepContext
 
 
 @pytest.fixture
@@ -59,3 +76,182 @@ def test_judges_only_what_is_comparable() -> None:
     is_promoted, reason = _judge(score(1.0, eta=1.0), champion, 2)
     assert not is_promoted
     assert "the protocols differ in eta" in reason
+
+
+def test_a_rollback_goes_back_along_the_line_and_never_forward(registry: Registry) -> None:
+    for key in "abcd":
+        registry.add_version({"key": key})
+    with pytest.raises(ConfigError, match=r"no champion to go back to: it is none\."):
+        registry.rollback()
+    registry.promote(1, "first")
+    with pytest.raises(ConfigError, match="it is version 1, its first"):
+        registry.rollback()
+    registry.promote(2, "better")
+    registry.promote(3, "better still")
+    back = registry.rollback("bad eyes")
+    assert (back["number"], back["version"], back["replaces"]) == (4, 2, 3)
+    assert (back["kind"], back["reason"]) == ("rollback", "bad eyes")
+    assert registry.rollback()["version"] == 1  # not 3 again
+    assert registry.promotions()[-1]["reason"] == "version 2 rolled back"
+    with pytest.raises(ConfigError, match="it is version 1, its first"):
+        registry.rollback()
+    registry.promote(4, "best")
+    assert registry.rollback()["version"] == 1
+    assert line_of_champions(registry.promotions()) == [1]
+    assert [p["version"] for p in registry.promotions()] == [1, 2, 3, 2, 1, 4, 1]
+
+
+def test_a_promotion_decided_upon_what_is_over_is_told(registry: Registry) -> None:
+    for key in "abc":
+        registry.add_version({"key": key})
+    first = registry.promote(1, "first", after=0)
+    registry.promote(2, "better", after=first["number"])
+    with pytest.raises(BusyError, match=r"Version 2 of m was promoted meanwhile by .+ \(better\)"):
+        registry.promote(3, "I saw version 1", after=first["number"])
+    assert registry.promote(2, "so did I", after=first["number"])["reason"] == "better"
+    assert len(registry.promotions()) == 2
+
+
+def test_only_versions_that_are_there_are_promoted(registry: Registry) -> None:
+    registry.add_version({"key": "a"})
+    with pytest.raises(ConfigError, match=r"has no version 2\. The latest there: 1\."):
+        registry.promote(2, "")
+    assert registry.promotions() == []
+
+
+def test_models_are_found_by_name(registry: Registry) -> None:
+    registry.storage.create("models/empty/lease", b"")
+    with pytest.raises(ConfigError, match=r"no model 'm' below .*Those there: none"):
+        open_registry(registry.storage, "m")
+    registry.add_version({"key": "a"})
+    assert list_models(registry.storage) == ["m"]
+    assert open_registry(registry.storage, "m").versions()[0]["key"] == "a"
+
+
+def test_a_damaged_record_is_named(registry: Registry, tmp_path: Path) -> None:
+    registry.add_version({"key": "a"})
+    (tmp_path / "models/m/versions/000001.json").write_text("{")
+    with pytest.raises(StorageError, match=r"models/m/versions/000001\.json is missing or no JSON"):
+        registry.versions()
+
+
+def race(root: str, version: int, barrier: Any, told: Any) -> None:
+    """In a process of its own: promotes when the other does."""
+    registry = Registry(open_storage(root), "m")
+    after = registry.promotions()[-1]["number"]
+    barrier.wait(timeout=60)
+    try:
+        told.put((version, registry.promote(version, f"by {version}", after=after)["number"]))
+    except BusyError as error:
+        told.put((version, str(error)))
+
+
+@pytest.mark.parametrize("place", ["directory", "object store"])
+def test_of_two_promotions_at_once_one_is_made_and_the_other_told(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path)
+    if place == "object store":
+        root = f"s3://{request.getfixturevalue('object_store')[1]}/r"
+    registry = Registry(open_storage(root), "m")
+    for key in "abc":
+        registry.add_version({"key": key})
+    registry.promote(1, "first")
+    context = multiprocessing.get_context("spawn")
+    barrier, told = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=race, args=(root, version, barrier, told)) for version in (2, 3)
+    ]
+    for process in processes:
+        process.start()
+    answers = dict(told.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    (winner,) = [version for version, answer in answers.items() if answer == 2]
+    (loser,) = answers.keys() - {winner}
+    assert answers[loser].startswith(f"Version {winner} of m was promoted meanwhile by ")
+    assert f"and version {loser} was not" in answers[loser]
+    assert [p["version"] for p in registry.promotions()] == [1, winner]
+
+
+def manifests(num_steps: int, value: float, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Of the steps before `promote`: a training of so many steps, and its score."""
+
+    def manifest(name: str, **fields: Any) -> dict[str, Any]:
+        identity = {"step": name, "version": 3, "settings": {}, "inputs": {}}
+        key = f"{name}-{num_steps}-{seed}"
+        return {"key": key, "identity": identity, "metrics": {}, "artifacts": {}, **fields}
+
+    train = manifest(
+        "train",
+        metrics={"num_steps": num_steps, "images_seen": 32 * num_steps},
+        artifacts={"ema.safetensors": {"sha256": f"weights-{num_steps}"}},
+    )
+    train["identity"]["settings"] = {"train.num_steps": num_steps, "train.seed": seed}
+    return {
+        **{name: manifest(name) for name in ("preprocess", "features", "reference")},
+        "train": train,
+        "evaluate": manifest("evaluate", metrics=score(value)),
+    }
+
+
+def step_promote(config: Config, root: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    step = Step("promote", 1, "pipeline.registry:promote", {})
+    planned = PlannedStep(step, "k", {}, "k", "run", "it never ran")
+    return promote(
+        StepContext(config, open_storage(root), planned, inputs, observer=lambda event: None)
+    )
+
+
+def test_a_version_knows_what_it_came_from(tiny_config: Path, tmp_path: Path) -> None:
+    config, root = load_config(tiny_config), str(tmp_path / "runs")
+    for made in (manifests(100, 9.0), manifests(50, 8.0, seed=1), manifests(200, 7.0)):
+        step_promote(config, root, made)
+    first, other, third = Registry(open_storage(root), "tiny").versions()
+    assert (first["parent"], other["parent"], third["parent"]) == (None, None, 1)
+    assert third["lineage"]["preprocess"] == "preprocess-200-0"
+    assert third["weights"] == "weights-200"
+    assert third["checkpoint"]["global_step"] == 200
+    assert third["checkpoint"]["series"] == first["checkpoint"]["series"]
+    assert third["checkpoint"]["series"] != other["checkpoint"]["series"]
+    assert third["config"] == config.model_dump(mode="json")
+    assert third["score"]["protocol"] == {"seed": 0}
+    assert third["code"]["sha256"]
+    assert third["code"]["steps"]["train"] == 3
+    again = step_promote(config, root, manifests(200, 7.0))
+    assert again["version"] == 3  # the same training, scored in the same way
+
+
+def promote_until_killed(config: Config, root: str, kill_after: int) -> None:
+    """In a process of its own: the step, with SIGKILL right after the n-th file is in place."""
+    link, count = os.link, [0]
+
+    def counting_link(source: Any, target: Any) -> None:
+        link(source, target)
+        count[0] += 1
+        if count[0] == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.link = counting_link
+    step_promote(config, root, manifests(100, 9.0))
+
+
+@pytest.mark.parametrize("kill_after", [1, 2, 3])  # the version, the lease, the promotion
+def test_a_kill_between_the_writes_leaves_nothing_half_written(
+    kill_after: int, tiny_config: Path, tmp_path: Path
+) -> None:
+    config, root = load_config(tiny_config), str(tmp_path / "runs")
+    process = multiprocessing.get_context("spawn").Process(
+        target=promote_until_killed, args=(config, root, kill_after)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    registry = Registry(open_storage(root), "tiny")
+    assert [v["number"] for v in registry.versions()] == [1]
+    assert len(registry.promotions()) == (kill_after == 3)
+    assert step_promote(config, root, manifests(100, 9.0))["promoted"]
+    assert [v["number"] for v in registry.versions()] == [1]
+    assert [p["version"] for p in registry.promotions()] == [1]
+    files = sorted((tmp_path / "runs" / "models" / "tiny").rglob("*.json"))
+    assert all(json.loads(path.read_text()) for path in files)

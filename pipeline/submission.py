@@ -1,0 +1,156 @@
+"""Submitting a verb and a config as a job: what is sent, what it is called, once while it runs.
+
+A job's id is `<name>-<verb>-<hash>-<attempt>`, the hash of everything that is sent. So the same
+command finds the job that runs, and begins another attempt when that has ended.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.cluster_jobs import Job
+from pipeline.errors import ConfigError
+from pipeline.packing import Package
+from pipeline.settings import Config
+from pipeline.storage import LocalStorage, open_storage
+
+VERBS = ("run", "preprocess", "train", "evaluate", "report", "doctor", "retrain")
+PYTHON = "python"  # on the cluster, as its PATH finds it
+# The shell that starts the job knows the address from Ray.
+_JOIN = '--set cluster.address="$RAY_ADDRESS"'
+
+
+class Cluster(Protocol):
+    """What submitting asks of a cluster."""
+
+    @property
+    def address(self) -> str: ...
+
+    def jobs(self) -> list[Job]: ...
+
+    def submit(
+        self, job_id: str, *, entrypoint: str, directory: Path, metadata: Mapping[str, str]
+    ) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A command for a cluster, with its files."""
+
+    name: str  # the job's id without its attempt
+    entrypoint: str
+    package: Package
+    metadata: Mapping[str, str]
+
+
+def make_submission(
+    config: Config,
+    package: Package,
+    verb: str,
+    *,
+    arguments: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    python: str = PYTHON,
+) -> Submission:
+    """Says what is to be sent.
+
+    Args:
+        config: the whole config.
+        package: its files.
+        verb: of this program.
+        arguments: what follows the config on the command line.
+        settings: from `settings_on_cluster`.
+        python: the interpreter there.
+    """
+    words = [python, "-m", "jobs", verb, package.config, *arguments]
+    for setting in settings:
+        words += ["--set", setting]
+    entrypoint = f"exec {shlex.join(words)} {_JOIN}"
+    sha256 = hashlib.sha256(f"{package.sha256()}\0{entrypoint}".encode()).hexdigest()
+    name = f"{config.name}-{verb}-{sha256[:8]}"
+    metadata = {"name": config.name, "verb": verb, "config": package.config, "sha256": sha256}
+    return Submission(name, entrypoint, package, metadata)
+
+
+def settings_on_cluster(
+    config: Config, package: Package, *, address: str, is_here: bool, shares_paths: bool
+) -> list[str]:
+    """Settings with which the config means on the cluster what it means here.
+
+    Args:
+        config: the whole config.
+        package: its files.
+        address: of the cluster, for the sentence.
+        is_here: whether all of the cluster is on this machine.
+        shares_paths: whether its nodes have the same files at the same paths, as its user says.
+
+    Raises:
+        ConfigError: it names paths of this machine, and the cluster is elsewhere.
+    """
+    local = {}
+    storage = open_storage(config.storage.root)
+    if isinstance(storage, LocalStorage):
+        local["storage.root"] = storage.uri
+    sources = [s for s in config.data.sources if "://" not in s or s.startswith("file://")]
+    if sources:
+        local["data.sources"] = sources[0] + (", ..." if len(sources) > 1 else "")
+    if local and not (is_here or shares_paths):
+        named = " and ".join(f"{key} = {value}" for key, value in local.items())
+        many = len(local) > 1 or len(sources) > 1
+        raise ConfigError(
+            f"{named} {'are paths' if many else 'is a path'} of this machine, and the cluster at "
+            f"{address} is not on it alone. Put {'them' if many else 'it'} where every node "
+            "reaches it, as s3://bucket/path, or add --shared-paths if all nodes have the same "
+            "files at the same paths."
+        )
+    settings = []
+    if "storage.root" in local:
+        settings.append(f"storage.root={local['storage.root']}")
+    if sources:
+        sources_text = json.dumps(config.data.sources, ensure_ascii=False)
+        settings.append(f"data.sources={sources_text}")
+    if package.weights is not None:
+        settings.append(f"features.weights={package.weights}")
+    return settings
+
+
+def submit_or_find(cluster: Cluster, submission: Submission) -> tuple[str, bool]:
+    """The id of the job of this command that runs, and whether it was submitted just now.
+
+    Two that submit the same at once get the same job: the id is created by one of them.
+
+    Args:
+        cluster: where.
+        submission: what.
+    """
+    with tempfile.TemporaryDirectory(prefix="raydiffusion-job-") as directory:
+        submission.package.stage(Path(directory))
+        while True:
+            attempts = {
+                number: job
+                for job in cluster.jobs()
+                if (number := attempt_of(job.id, submission.name)) is not None
+            }
+            latest = max(attempts, default=0)
+            if latest and not attempts[latest].has_ended:
+                return attempts[latest].id, False
+            job_id = f"{submission.name}-{latest + 1}"
+            if cluster.submit(
+                job_id,
+                entrypoint=submission.entrypoint,
+                directory=Path(directory),
+                metadata=submission.metadata,
+            ):
+                return job_id, True  # otherwise another took the number: look again
+
+
+def attempt_of(job_id: str, name: str) -> int | None:
+    """The number of the attempt that a job of that name is; None where it is no such job."""
+    found = re.fullmatch(re.escape(name) + r"-([1-9]\d*)", job_id)
+    return int(found[1]) if found else None
