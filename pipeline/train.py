@@ -300,7 +300,7 @@ def _fit(context: StepContext, settings: dict[str, Any]) -> None:
             failure_config=ray.train.FailureConfig(
                 max_failures=train_config.max_failures, controller_failure_limit=3
             ),
-            **_ray_storage(context.storage, ray_directory),
+            **ray_storage(context.storage, ray_directory),
         ),
     )
     try:
@@ -334,7 +334,8 @@ def _make_trainer_class() -> Any:
     return Trainer
 
 
-def _ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
+def ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
+    """Where Ray may write its own records, as arguments of its RunConfig."""
     path = f"{storage.uri}/{directory}"
     if not isinstance(storage, ObjectStorage):
         return {"storage_path": path}
