@@ -115,9 +115,7 @@ def make_plan(
         else:
             config = recommended_config(config, found)
             steps = make_steps(config, inputs.shards, extractor)
-            planned = [
-                search if p.step.name == "tune" else p for p in plan(steps, storage, last)
-            ]
+            planned = [search if p.step.name == "tune" else p for p in plan(steps, storage, last)]
     missing = []
     if planned[0].action != "cached":
         missing = [shard.name for shard in missing_units(inputs.shards, config.data, storage)]
@@ -317,4 +315,3 @@ def _capacity(config: Config, planned: Plan, observer: Observer) -> Iterator[Res
         )
         _tell(require(checks), observer)
         yield total(nodes)
-

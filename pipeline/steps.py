@@ -116,8 +116,9 @@ def make_steps(
             title = f"{config.name}: {', '.join(sources)}"
             return [*steps, images, evaluate, _evaluation_page(evaluate, title)]
     return [
-        *steps,
+        *steps[:-1],
         _tune_step(config),
+        steps[-1],
         evaluate,
         Step(
             name="promote",

@@ -121,9 +121,11 @@ class _Experiment:
                 result.reason.splitlines()[-1] for result in done.values() if result.reason
             )
             said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            for entry in self.records.entries():
+                self.records.forget(entry)
             raise TrainingError(
-                f"None of {len(done)} trials was trained to its end: {said}. Mend the cause, change "
-                "the section tune, and run the command again."
+                f"None of {len(done)} trials was trained to its end: {said}. Mend the cause, or "
+                "change the section tune, and run the command again: it tries them anew."
             )
 
     def find_finalists(self) -> list[Entry]:
@@ -287,7 +289,9 @@ def summarise(document: Mapping[str, Any]) -> str:
     if verdict["kind"] == "best":
         return f"best beyond the spread of {means[number]['count']} seeds: {name} ({score})"
     tied = ", ".join("as configured" if n == 0 else f"{n:04d}" for n in verdict["tied"])
-    return f"not distinguishable within the spread over seeds: {tied}; recommended: {name} ({score})"
+    return (
+        f"not distinguishable within the spread over seeds: {tied}; recommended: {name} ({score})"
+    )
 
 
 def _name(number: int) -> str:
@@ -302,4 +306,3 @@ def _verdict_json(verdict: Verdict) -> dict[str, Any]:
             for number, ends in verdict.intervals.items()
         }
     }
-

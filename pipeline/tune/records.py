@@ -118,6 +118,10 @@ class Records:
         self.storage.create(path, json.dumps(asdict(result)).encode())
         self.drop_checkpoints(entry)
 
+    def forget(self, entry: Entry) -> None:
+        """Lets a trial be tried again as if it had not ended."""
+        self.storage.delete(f"{self.directory}/{entry.name}/result.json")
+
     def drop_checkpoints(self, entry: Entry) -> None:
         """Deletes what an ended trial would have continued from."""
         self.storage.delete(f"{entry.directory}/checkpoints")

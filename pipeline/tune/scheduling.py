@@ -276,7 +276,9 @@ def _make_watcher(
     class Recorder(Callback):
         """Records every result before Ray Tune asks for the next trial."""
 
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_start(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             watcher.begin(trial.config["name"])
 
         def on_trial_result(
@@ -289,7 +291,9 @@ def _make_watcher(
         ) -> None:
             self._end(trial, "")
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_error(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             lines = str(trial.get_error() or "").strip().splitlines()
             self._end(trial, f"its process died: {lines[-1] if lines else 'Ray does not say why'}")
 

@@ -73,7 +73,7 @@ def judge(scores: Mapping[int, Sequence[float]], default: int = 0) -> Verdict:
     level = 1 - (1 - LEVEL) / max(1, len(others))
     intervals = {number: welch_interval(scores[number], scores[lowest], level) for number in others}
     tied = [lowest, *(number for number in others if intervals[number][0] <= 0)]
-    if len(tied) == 1:
+    if others and len(tied) == 1:  # one that has nobody to beat is not best
         return Verdict("best", lowest, lowest, tied, intervals)
     recommended = default if default in tied else lowest
     return Verdict("not distinguishable", recommended, lowest, tied, intervals)
@@ -114,7 +114,7 @@ def student_quantile(probability: float, freedom: float) -> float:
         freedom: degrees of freedom, at least 1.
     """
     # With t = sqrt(freedom) tan(a) the density is cos(a)^(freedom - 1), over a finite range.
-    angles = np.linspace(0, math.pi / 2, 200_001)
+    angles = np.linspace(0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     area = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     angle = float(np.interp(2 * probability - 1, area / area[-1], angles))
