@@ -223,7 +223,7 @@ def run_config(
                             capacity=capacity,
                             observer=observe,
                             wait_for_lease=wait_for_lease,
-                            done=manifests,
+                            known=manifests,
                         )
                     )
 

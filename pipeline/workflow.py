@@ -228,19 +228,19 @@ def execute(
     capacity: Resources,
     observer: Observer,
     wait_for_lease: bool = True,
-    done: Mapping[str, dict[str, Any]] | None = None,
+    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Runs what is not cached and returns all manifests by step name.
 
     Steps whose inputs are there run side by side while the sum of their resources fits the
     capacity, otherwise one after the other. The first failure lets the running ones finish,
-    starts no more, and is raised. Steps that are `done` already, by an earlier call with their
-    manifests, are passed over.
+    starts no more, and is raised. Steps whose manifests are `known`, from an earlier call, are
+    passed over.
 
     Raises:
         RaydiffusionError: a step's own.
     """
-    manifests = dict(done or {})
+    manifests = dict(known or {})
     waiting = [p for p in planned if p.step.name not in manifests]
     running: dict[Future[dict[str, Any]], PlannedStep] = {}
     failure: BaseException | None = None

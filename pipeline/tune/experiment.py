@@ -205,7 +205,7 @@ class _Experiment:
             "overrides": list(by_number[verdict.recommended].overrides),
             "finalists": [
                 {"number": number, "scores": values, **asdict(spread(values))}
-                for number, values in sorted(scores.items(), key=lambda item: sum(item[1]) / len(item[1]))
+                for number, values in sorted(scores.items(), key=_mean)
             ],
             "trials": [
                 {**asdict(entry), **asdict(results[entry.name])} for entry in entries
@@ -292,6 +292,10 @@ def summarise(document: Mapping[str, Any]) -> str:
     return (
         f"not distinguishable within the spread over seeds: {tied}; recommended: {name} ({score})"
     )
+
+
+def _mean(item: tuple[int, Sequence[float]]) -> float:
+    return sum(item[1]) / len(item[1])
 
 
 def _name(number: int) -> str:

@@ -130,7 +130,9 @@ def _bundles(config: Config) -> Any:
     from ray import tune
 
     train = config.train
-    worker = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
+    worker: dict[str, float] = {"CPU": train.cpus_per_worker} | (
+        {"GPU": 1} if train.use_gpu else {}
+    )
     if train.max_workers == 1:
         return tune.PlacementGroupFactory([worker])
     return tune.PlacementGroupFactory([{"memory": 1 << 20}])

@@ -5,8 +5,8 @@ checkpoint, and a score that was made is not made again. How trials are spread o
 `scheduling.py`.
 """
 
+import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.storage import Storage
 from pipeline.train import train_in_process
 from pipeline.tune.records import Rung, TrialStore
 from pipeline.tune.scoring import Inputs, metric_name, open_score, trial_protocol
+from pipeline.tune.workers import make_scorer, train_with_workers
 from pipeline.workflow import hash_json
 
 VERSION = 1  # raised when a trial makes something else of the same config
@@ -154,26 +155,23 @@ def _train(
     for step in sorted(known):
         if step <= reached:
             on_rung(known[step])
-    with open_score(config, storage, inputs) as score:
-        started = time.monotonic()
 
-        def score_when_due(step: int, model: nn.Module) -> None:
-            nonlocal started
-            if step not in rungs or step <= reached:
-                return
-            if step not in known:
-                begun = time.monotonic()
-                with torch.random.fork_rng():
-                    value, samples = score(model)
-                now = time.monotonic()
-                images = step * config.train.global_batch_size
-                known[step] = Rung(step, images, value, begun - started, now - begun)
-                store.add_rung(known[step], samples)
-            if step == config.train.num_steps:
-                scores = [asdict(known[step]) for step in sorted(known)]
-                store.finish({"identity": _as_json(identity), "rungs": scores})
-            on_rung(known[step])
-            started = time.monotonic()
+    def tell(rung: Rung) -> None:
+        known[rung.step] = rung
+        if rung.step == config.train.num_steps:
+            scores = [asdict(known[step]) for step in sorted(known)]
+            store.finish({"identity": _as_json(identity), "rungs": scores})
+        on_rung(rung)
+
+    if config.train.max_workers > 1:
+        train_with_workers(config, storage, inputs, store.directory, rungs, tell)
+        return
+    with open_score(config, storage, inputs) as score:
+        scorer = make_scorer(config, store, score, rungs)
+
+        def score_and_tell(step: int, model: nn.Module) -> None:
+            if (rung := scorer(step, model)) is not None and step > reached:
+                tell(rung)
 
         train = config.train.model_copy(update={"fid_every": math.gcd(*rungs)})
         train_in_process(
@@ -181,7 +179,7 @@ def _train(
             storage,
             store.directory,
             dict(inputs["preprocess"]),
-            hooks=Hooks(on_fid=score_when_due),
+            hooks=Hooks(on_fid=score_and_tell),
             device=_device(config),
         )
 
@@ -191,6 +189,4 @@ def _device(config: Config) -> torch.device:
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
-    import json
-
     return json.loads(json.dumps(identity))
