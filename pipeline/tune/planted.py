@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_core import NoiseSchedule, make_schedule, make_timesteps
+from pipeline.tune.space import schedule_options
 
 STDS = (0.15, 0.5, 1.0)  # of the data, one a dimension
 NUM_TRAIN_TIMESTEPS, NUM_STEPS = 100, 10
@@ -51,19 +52,12 @@ def planted_score(schedule: NoiseSchedule) -> float:
 
 
 def score_of_choice(choice: Mapping[str, Any]) -> float:
-    """The score of a choice of `linear`: its `beta_start` and `ratio`."""
-    start = choice["linear.beta_start"]
-    return linear_score(start, start * choice["linear.ratio"])
-
-
-def linear_score(beta_start: float, beta_end: float) -> float:
-    """The score of `linear`; infinite where it is no schedule."""
+    """The score of a choice of a schedule; infinite where it is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # signal that is left at the end shows in the score
         try:
-            schedule = make_schedule(
-                "linear", NUM_TRAIN_TIMESTEPS, beta_start=beta_start, beta_end=beta_end
-            )
+            options = schedule_options(choice)
+            schedule = make_schedule(choice["schedule"], NUM_TRAIN_TIMESTEPS, **options)
         except ValueError:
             return float("inf")
     return planted_score(schedule)

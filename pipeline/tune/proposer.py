@@ -21,6 +21,8 @@ from pipeline.tune.space import draw, to_overrides
 
 MAX_REFUSALS = 200  # in a row, before a space is taken for one without feasible choices
 NUM_STARTUP = 8  # random proposals before TPE has something to go by
+EXPLORED_EVERY = 4  # one in so many is random: TPE may settle on the first schedule that does well
+MAX_LEARNED = 20  # refusals, of which TPE learns nothing, before a proposal is drawn at random
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -150,7 +152,8 @@ class Proposer:
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         seed = keyed_seed("tune", self._seed, number, attempt) % 2**32
-        if self._kind == "random":
+        explores = number % EXPLORED_EVERY == 0 or attempt >= MAX_LEARNED
+        if self._kind == "random" or explores:
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

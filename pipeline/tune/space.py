@@ -48,14 +48,20 @@ def draw(trial: Trial, space: SpaceConfig) -> dict[str, Any]:
     return choice
 
 
+def schedule_options(choice: Choice) -> dict[str, float]:
+    """The options of the schedule that a choice names, as `make_schedule` takes them."""
+    prefix = f"{choice['schedule']}."
+    options = {k.removeprefix(prefix): v for k, v in choice.items() if k.startswith(prefix)}
+    if "ratio" in options:
+        options["beta_end"] = options["beta_start"] * options.pop("ratio")
+    return options
+
+
 def to_overrides(choice: Choice) -> list[str]:
     """A choice as `section.key=value`, as `--set` takes them; values are TOML."""
     overrides = []
     if "schedule" in choice:
-        prefix = f"{choice['schedule']}."
-        options = {k.removeprefix(prefix): v for k, v in choice.items() if k.startswith(prefix)}
-        if "ratio" in options:
-            options["beta_end"] = options["beta_start"] * options.pop("ratio")
+        options = schedule_options(choice)
         inner = ", ".join(f"{key} = {_toml(value)}" for key, value in options.items())
         overrides += [
             f"diffusion.schedule={choice['schedule']}",
