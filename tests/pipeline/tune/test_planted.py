@@ -13,18 +13,22 @@ from pipeline.tune.planted import (
     NUM_STEPS,
     NUM_TRAIN_TIMESTEPS,
     STDS,
-    linear_score,
     planted_score,
     sampled_stds,
     score_of_choice,
 )
-from pipeline.tune.proposer import Proposer
+from pipeline.tune.proposer import NUM_STARTUP, Proposer
 
 SPACE = SpaceConfig.model_validate(
     {"schedule": ("linear",), "linear": {"beta_start": (1e-6, 1e-3), "ratio": (2.0, 2000.0)}}
 )
 NUM_TRIALS = 40
 TOLERANCE = 0.002  # of the score; the median of random choices is above the optimum by 0.05
+
+
+def linear_score(beta_start: float, beta_end: float) -> float:
+    choice = {"schedule": "linear", "linear.beta_start": beta_start}
+    return score_of_choice(choice | {"linear.ratio": beta_end / beta_start})
 
 
 def best_known() -> tuple[float, float, float]:
@@ -43,22 +47,21 @@ def best_known() -> tuple[float, float, float]:
     return best
 
 
-def search(kind: Any, seed: int, num_trials: int = NUM_TRIALS) -> float:
-    """The least score that so many proposals find; infeasible ones cost nothing."""
+def search(kind: Any, seed: int) -> list[float]:
+    """The scores of the proposals, in order; infeasible ones cost nothing."""
 
     def refuse(overrides: Any) -> str | None:
         options = overrides[1].partition("=")[2].strip("{}").split(", ")
         start, end = (float(option.partition(" = ")[2]) for option in options)
         return None if np.isfinite(linear_score(start, end)) else "a beta outside (0, 1)"
 
-    proposer, least = Proposer(SPACE, kind, seed, refuse), np.inf
-    for number in range(1, num_trials + 1):
+    proposer, scores = Proposer(SPACE, kind, seed, refuse), []
+    for number in range(1, NUM_TRIALS + 1):
         proposal = proposer.ask(number)
         assert proposal is not None
-        score = score_of_choice(proposal.choice)
-        proposer.tell(number, score, {})
-        least = min(least, score)
-    return float(least)
+        scores.append(score_of_choice(proposal.choice))
+        proposer.tell(number, scores[-1], {})
+    return scores
 
 
 def test_the_closed_form_is_what_ddim_draws() -> None:
@@ -90,15 +93,16 @@ def test_the_search_finds_the_planted_optimum() -> None:
     least, beta_start, ratio = best_known()
     assert SPACE.linear.beta_start[0] * 2 < beta_start < SPACE.linear.beta_start[1] / 2
     assert SPACE.linear.ratio[0] * 2 < ratio < SPACE.linear.ratio[1] / 2
-    assert search("tpe", 0) <= least + TOLERANCE
+    assert min(search("tpe", 0)) <= least + TOLERANCE
 
 
 @pytest.mark.slow
-def test_tpe_finds_more_than_chance_at_equal_cost() -> None:
+def test_tpe_proposes_better_than_chance_at_equal_cost() -> None:
     pairs = [(search("tpe", seed), search("random", seed)) for seed in range(10)]
-    wins = sum(tpe < chance for tpe, chance in pairs)
+    # What a search spends its trials on, once it has something to go by.
+    medians = [tuple(float(np.median(scores[NUM_STARTUP:])) for scores in pair) for pair in pairs]
+    wins = sum(tpe < chance for tpe, chance in medians)
     # The sign test: how often ten fair coins would show as many heads or more.
-    chance = sum(comb(10, k) for k in range(wins, 11)) / 2**10
-    assert chance < 0.05, pairs
+    assert sum(comb(10, k) for k in range(wins, 11)) / 2**10 < 0.05, medians
     least = best_known()[0]
-    assert np.median([tpe for tpe, _ in pairs]) <= least + TOLERANCE
+    assert all(min(tpe) <= least + TOLERANCE for tpe, _ in pairs)
