@@ -101,7 +101,9 @@ class Config(Section):
             diffusion=self.diffusion,
         )
         if self.data.is_sequence:
-            faults.append("tune scores images, and data.sequence_shape makes sequences. Leave it.")
+            faults.append(
+                "tune scores images, and data.sequence_shape makes sequences. Do without."
+            )
         for name in ("validation_fraction", "test_fraction"):
             if not getattr(self.data, name):
                 faults.append(
