@@ -30,10 +30,12 @@ from jobs.results import (
     show_runs,
 )
 from jobs.scores import show_comparison
+from jobs.tune import as_typed, show_search
 from pipeline.config import load_config
 from pipeline.drill import NUM_STEPS, OUTAGE_S, Kind
 from pipeline.driver import Outcome, Plan, find_subject, make_plan, run_config
 from pipeline.errors import ConfigError
+from pipeline.publish import publish_again
 from pipeline.runs import list_runs, read_progress, read_run
 from pipeline.settings import Config
 from pipeline.steps import STEP_NAMES
@@ -128,6 +130,14 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+) -> None:
+    """Search for a better schedule by short trainings, and say honestly whether it is better."""
+    _run_steps(config, set_, as_json, no_wait, ("tune",))
+
+
+@app.command()
 def compare(
     first: Annotated[str, typer.Argument(help="a config, a run's name, or a score.json")],
     second: Annotated[str, typer.Argument(help="likewise")],
@@ -219,10 +229,22 @@ def status(
 
 @app.command()
 def report(
-    config: ConfigPath, set_: Overrides = None, as_json: AsJson = False, no_wait: NoWait = False
+    target: Annotated[str, typer.Argument(help="a config, or the name of a run with a search")],
+    set_: Overrides = None,
+    root: Annotated[str, typer.Option(help="the storage root of a run's name")] = "runs",
+    as_json: AsJson = False,
+    no_wait: NoWait = False,
 ) -> None:
-    """Write the report, do what it needs, and print where it is."""
-    _run_steps(config, set_, as_json, no_wait, ("report",))
+    """Write the report, do what it needs, and print where it is; or the page of a search."""
+    if target.endswith(".toml"):
+        _run_steps(Path(target), set_, as_json, no_wait, ("report",))
+        return
+    with errors_to_exit_codes(as_json):
+        page = publish_again(open_storage(root), target)
+        if as_json:
+            print_json({"search": page})
+        else:
+            Console().print(f"search: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -295,6 +317,7 @@ def _run_steps(
                 on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
                 subject=find_subject(config),
+                target=as_typed(path, overrides or ()),
             )
         seconds = time.monotonic() - started
         inspected = _inspect(outcome, config, output) if inspect else {}
@@ -302,6 +325,9 @@ def _run_steps(
             print_json(outcome_json(outcome, seconds) | inspected)
             return
         show_outcome(console, outcome, seconds)
+        if "tune" in outcome.manifests:
+            metrics = outcome.manifests["tune"]["metrics"]
+            show_search(console, metrics, as_typed(path, overrides or ()))
         if inspected:
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
 

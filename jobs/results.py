@@ -29,6 +29,8 @@ def show_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if outcome.search:
+        console.print(f"search: {outcome.search}", highlight=False, soft_wrap=True)
     if outcome.report:
         console.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
 
@@ -108,6 +110,7 @@ def outcome_json(outcome: Outcome, seconds: float) -> dict[str, Any]:
         **plan_json(outcome.plan),
         "seconds": seconds,
         "report": outcome.report,
+        "search": outcome.search,
         "metrics": {name: manifest["metrics"] for name, manifest in outcome.manifests.items()},
     }
 

@@ -64,6 +64,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config.model_copy(update=sections)
 
 
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with `a.b=c` overrides applied: the one that the file with these would give.
+
+    Raises:
+        ConfigError: an override is malformed, or values are wrong.
+    """
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(values, override)
+    return _validate(values, source=config.name)
+
+
 def absolute_source(source: str, base: Path) -> str:
     """A source as an absolute path or glob, or the URI that it is."""
     if "://" in source:

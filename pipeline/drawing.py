@@ -165,6 +165,29 @@ def draw_chunk(
     return items, extract(extractor, items)
 
 
+def iter_drawn(
+    config: Config, network: Network, extractor: nn.Module, num_samples: int, first: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """So many samples and their features, a chunk at a time, here.
+
+    Args:
+        config: the shape of the items, and the settings of `evaluate`.
+        network: that makes them.
+        extractor: of the features.
+        num_samples: in all.
+        first: number of the first one.
+
+    Raises:
+        EvaluationError: the samples are not finite.
+    """
+    for start in range(0, num_samples, CHUNK):
+        numbers, labels = range(start, min(start + CHUNK, num_samples)), None
+        if network.counts is not None:
+            labels = spread_labels(network.counts, numbers, num_samples)
+        seeds = range(first + numbers.start, first + numbers.stop)
+        yield draw_chunk(config, network, extractor, seeds, labels)
+
+
 def _draw_chunks(
     storage_uri: str,
     config_json: str,

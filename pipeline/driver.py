@@ -1,18 +1,19 @@
 """From a config to a finished run: plan, preflight, Ray if it is needed, steps, record."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect, total
-from pipeline.config import absolute_source
+from pipeline.config import absolute_source, override_config
 from pipeline.errors import ConfigError
 from pipeline.extractor_identity import UNREAD, identify_extractor
 from pipeline.identities import OnHash
 from pipeline.leases import OnWait, hold_lease
 from pipeline.preflight import before_ray, on_cluster, require
+from pipeline.publish import publish_report, publish_search
 from pipeline.runs import RunRecord, last_identities, run_id
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
@@ -27,11 +28,13 @@ from pipeline.workflow import (
     PlannedStep,
     Resources,
     execute,
+    hash_json,
     needed_for,
     plan,
-    read_artifact,
+    read_manifest,
 )
 
+BEFORE_TRAINING = {"preprocess", "features", "reference", "tune"}
 SHOWN = 3  # names of input shards in a plan
 
 
@@ -43,6 +46,7 @@ class Plan:
     storage: Storage
     steps: list[PlannedStep]
     missing_shards: list[str]  # input shards that would be preprocessed
+    config: Config  # of the steps: what a search recommends, where one is wanted and done
 
     @property
     def is_cached(self) -> bool:
@@ -52,16 +56,25 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether workers are needed."""
-        return any(p.step.name == "train" and p.action != "cached" for p in self.steps)
+        names = ("train", "tune")
+        return any(p.step.name in names and p.action != "cached" for p in self.steps)
+
+    @property
+    def searches(self) -> bool:
+        """Whether what follows the search is planned again when that is done."""
+        return self.config.tune.enabled and any(
+            p.step.name == "tune" and p.action != "cached" for p in self.steps
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: the plan it followed, each step's manifest, where the report is."""
+    """What a command did: the plan it followed, each step's manifest, where the pages are."""
 
     plan: Plan
     manifests: dict[str, dict[str, Any]]
     report: str | None
+    search: str | None = None
 
 
 def make_plan(
@@ -91,11 +104,18 @@ def make_plan(
     extractor = identify_extractor(
         config.features, storage, read_remote=read_remote, on_hash=on_hash
     )
-    planned = plan(
-        make_steps(config, inputs.shards, extractor, subject),
-        storage,
-        last_identities(storage, config.name),
-    )
+    last = last_identities(storage, config.name)
+    planned = plan(make_steps(config, inputs.shards, extractor, subject), storage, last)
+    run, search = run_id(config, planned), None
+    if config.tune.enabled and subject is None and not set(targets) <= BEFORE_TRAINING:
+        search = next(p for p in planned if p.step.name == "tune")
+        run = f"{config.name}-{hash_json([run, search.key])[:8]}"  # one, before and after
+        if (found := read_manifest(storage, "tune", search.key)) is None:
+            planned = [_until_tuned(p) for p in planned]
+        else:
+            config = recommended_config(config, found)
+            steps = make_steps(config, inputs.shards, extractor)
+            planned = [search if p.step.name == "tune" else p for p in plan(steps, storage, last)]
     missing = []
     if planned[0].action != "cached":
         missing = [shard.name for shard in missing_units(inputs.shards, config.data, storage)]
@@ -105,8 +125,27 @@ def make_plan(
         planned[0] = replace(planned[0], reason=reason)
     is_known = UNREAD not in extractor.values()
     is_known = is_known and all(shard.sha256 is not None for shard in inputs.shards)
-    run = run_id(config, planned) if is_known else f"{config.name}-?"
-    return Plan(run, storage, needed_for(planned, targets), missing)
+    if not is_known:
+        run = f"{config.name}-?"
+    wanted = targets if search is None else ("tune", *targets)
+    return Plan(run, storage, needed_for(planned, wanted), missing, config)
+
+
+def recommended_config(config: Config, found: Mapping[str, Any]) -> Config:
+    """The config that a finished search recommends, as its `run --set ...` would make it.
+
+    Args:
+        config: that was searched around.
+        found: the manifest of the step `tune`.
+    """
+    return override_config(config, [*found["metrics"]["overrides"], "tune.enabled=false"])
+
+
+def _until_tuned(p: PlannedStep) -> PlannedStep:
+    """A step whose config the search is still to choose."""
+    if p.step.name in BEFORE_TRAINING:
+        return p
+    return replace(p, action="run", reason="its config is what tune recommends: planned again then")
 
 
 def run_config(
@@ -119,6 +158,7 @@ def run_config(
     on_hash: OnHash | None = None,
     wait_for_lease: bool = True,
     subject: Subject | None = None,
+    target: str = "CONFIG",
 ) -> Outcome:
     """Brings the targets about: what is cached is kept, what was begun is continued.
 
@@ -134,6 +174,7 @@ def run_config(
         on_hash: told the number of files and bytes that are read before there is a plan.
         wait_for_lease: for another process at the same run; otherwise leave at once.
         subject: what is evaluated in place of the config's training; see `find_subject`.
+        target: the config and its options as typed into a shell, for commands on pages.
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
@@ -151,6 +192,8 @@ def run_config(
             f"data.{empty[0]} is 0, and the score needs images that are held out. Raise it, or use "
             "the verbs preprocess and train."
         )
+    if "tune" in targets and (faults := config.faults_of_tune()):
+        raise ConfigError("\n  ".join([f"{config.name} cannot be tuned:", *faults]))
     planned = make_plan(config, targets, subject=subject, on_hash=on_hash)
     notes: list[str] = []
     if not planned.is_cached:
@@ -159,7 +202,7 @@ def run_config(
         # Another may have worked while we waited.
         planned = make_plan(config, targets, subject=subject)
         on_plan(planned)
-        record = RunRecord(planned.storage, planned.run, config, planned.steps)
+        record = RunRecord(planned.storage, planned.run, config, planned.steps, target)
 
         def observe(event: Event) -> None:
             record.observe(event)
@@ -168,22 +211,46 @@ def run_config(
         outcome = "failed"
         try:
             _tell(notes, observe)
+            manifests: dict[str, dict[str, Any]] = {}
             with _capacity(config, planned, observe) as capacity:
-                manifests = execute(
-                    planned.steps,
-                    config,
-                    planned.storage,
-                    capacity=capacity,
-                    observer=observe,
-                    wait_for_lease=wait_for_lease,
-                )
+
+                def bring_about(steps: Sequence[PlannedStep]) -> None:
+                    manifests.update(
+                        execute(
+                            steps,
+                            planned.config,
+                            planned.storage,
+                            capacity=capacity,
+                            observer=observe,
+                            wait_for_lease=wait_for_lease,
+                            known=manifests,
+                        )
+                    )
+
+                if planned.searches:
+                    bring_about(needed_for(planned.steps, ("tune",)))
+                    planned = make_plan(config, targets)
+                    record.plan_again(planned.steps)
+                    on_plan(planned)
+                bring_about(planned.steps)
             outcome = "done"
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
             outcome = "interrupted"
             raise
         finally:
             record.close(outcome)
-        return Outcome(planned, manifests, _publish_report(planned, manifests))
+        return _publish(planned, manifests, target)
+
+
+def _publish(planned: Plan, manifests: dict[str, dict[str, Any]], target: str) -> Outcome:
+    """Puts the pages where the run is."""
+    report = search = None
+    is_new = any(p.action != "cached" for p in planned.steps)
+    if "report" in manifests:
+        report = publish_report(planned.storage, planned.run, manifests["report"], is_new)
+    if "tune" in manifests:
+        search = publish_search(planned.storage, planned.run, manifests["tune"], target)
+    return Outcome(planned, manifests, report, search)
 
 
 def find_subject(
@@ -248,14 +315,3 @@ def _capacity(config: Config, planned: Plan, observer: Observer) -> Iterator[Res
         )
         _tell(require(checks), observer)
         yield total(nodes)
-
-
-def _publish_report(planned: Plan, manifests: dict[str, dict[str, Any]]) -> str | None:
-    """Puts the report where the run is; the step's own copy stays with the step."""
-    if "report" not in manifests:
-        return None
-    path = f"runs/{planned.run}/report.html"
-    if not planned.storage.exists(path) or any(p.action != "cached" for p in planned.steps):
-        content = read_artifact(planned.storage, manifests["report"], "report.html")
-        planned.storage.replace(path, content)
-    return f"{planned.storage.uri}/{path}"

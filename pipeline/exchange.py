@@ -227,6 +227,7 @@ def export_model(target: Path, output: Path, overrides: Sequence[str] = ()) -> E
 
 def _read_training(target: Path, config: Config) -> tuple[ModelDocument, bytes]:
     planned = make_plan(config, ("train",))
+    config = planned.config
     step = next(p for p in planned.steps if p.step.name == "train")
     manifest = read_manifest(planned.storage, "train", step.key)
     if manifest is None:

@@ -15,10 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors.torch
 
-from diffusion_core import CHUNK
 from pipeline.checkpoints import Row, to_lines
 from pipeline.dataset import class_counts, read_dataset
-from pipeline.drawing import draw_chunk
+from pipeline.drawing import iter_drawn
 from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors import load_extractor, score_name
 from pipeline.fid_weights import step_of
@@ -26,7 +25,6 @@ from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
 from pipeline.protocol import make_protocol
 from pipeline.reference import read_features
-from pipeline.sampling import spread_labels
 from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.settings import Config
 from pipeline.storage import open_storage
@@ -338,14 +336,9 @@ def score_weights(
     keep_freed_memory()
     with torch_threads(1):
         reference = sum_features(read_features(storage, inputs["reference"], SPLIT))
-        found = []
-        for first in range(0, num_samples, CHUNK):
-            numbers, labels = range(first, min(first + CHUNK, num_samples)), None
-            if counts is not None:
-                labels = spread_labels(counts, numbers, num_samples)
-            seeds = range(before + numbers.start, before + numbers.stop)
-            found.append(draw_chunk(config, network, extractor, seeds, labels)[1])
-        value = frechet_distance(reference, sum_features(np.concatenate(found)))
+        drawn = iter_drawn(config, network, extractor, num_samples, before)
+        found = np.concatenate([features for _, features in drawn])
+        value = frechet_distance(reference, sum_features(found))
     if not np.isfinite(value):
         raise EvaluationError(
             "The score is not finite: the features of the samples are not. Lower "
@@ -354,12 +347,13 @@ def score_weights(
     return {"value": value, "seconds": time.monotonic() - started}
 
 
-def check_validation_count(num_features: int, count: int) -> None:
+def check_validation_count(num_features: int, count: int, who: str = "train.fid_every") -> None:
     """Refuses a score whose reference would be thin.
 
     Args:
         num_features: of the extractor.
         count: of validation images.
+        who: the setting that wants the score.
 
     Raises:
         DataError: fewer validation images than 10 times the feature width.
@@ -367,7 +361,7 @@ def check_validation_count(num_features: int, count: int) -> None:
     needed = 10 * num_features
     if count < needed:
         raise DataError(
-            f"train.fid_every needs 10 x features.width = {needed} validation images as its "
+            f"{who} needs 10 x features.width = {needed} validation images as its "
             f"reference, and there are {count}. Raise data.validation_fraction, lower "
-            "features.width, or leave out train.fid_every."
+            f"features.width, or leave out {who}."
         )

@@ -45,6 +45,8 @@ class Hooks:
         on_row: on rank 0, a row of metrics and the step that this process began with.
         on_samples: on rank 0 every `sample_every` steps, the step and the EMA network.
         on_fid: on rank 0 every `fid_every` steps, the step and the EMA network.
+        goes_on: on every rank every `fid_every` steps, with the step: whether training goes on
+            after it. All ranks must get the same answer.
         wants_checkpoint: on every rank equally often, every few seconds: whether this process is
             about to be ended. A checkpoint is made when it first says so.
     """
@@ -52,6 +54,7 @@ class Hooks:
     on_row: Callable[[Row, int], None] = lambda row, first_step: None
     on_samples: Callable[[int, nn.Module], None] = lambda step, model: None
     on_fid: Callable[[int, nn.Module], None] = lambda step, model: None
+    goes_on: Callable[[int], bool] = lambda step: True
     wants_checkpoint: Callable[[], bool] = lambda: False
 
 
@@ -142,6 +145,7 @@ class _Training:
         self.writer = CheckpointWriter(store, self.patience)
         self.step, self.num_rewinds = 0, 0
         self.ask_every, self.is_asked_to_save = 1, False
+        self.is_ended = False  # before its last step, by who watches it
         self.begun: Checkpoint | None = None  # the state to go back to before there is another
         self.num_saved = 0
         self.skipped: list[int] = []
@@ -155,7 +159,7 @@ class _Training:
         self.learner.model.train()
         self.watch.take()
         batches = self._iter_batches()
-        while self.step < config.num_steps:
+        while self.step < config.num_steps and not self.is_ended:
             number, batch = next(batches)
             self.watch.mark("data")
             torch.manual_seed(self._dropout_seed(number))
@@ -293,6 +297,8 @@ class _Training:
             self.hooks.on_samples(done, self.learner.ema.model)
         if self.rank == 0 and _is_due(config.fid_every, done):
             self.hooks.on_fid(done, self.learner.ema.model)
+        if _is_due(config.fid_every, done):
+            self.is_ended = not self.hooks.goes_on(done)
         self.watch.mark("callbacks")
         validates = _is_due(config.validate_every, done) and self.validation is not None
         saves = done % config.checkpoint_every == 0 or is_last or wants_checkpoint

@@ -22,6 +22,8 @@ def make_diffusion(config: Config, num_classes: int | None = None) -> Diffusion:
     d = config.diffusion
     try:
         schedule = make_schedule(d.schedule, d.num_train_timesteps, **d.schedule_options)
+        if d.zero_terminal_snr:
+            schedule = schedule.zero_terminal_snr()
         return Diffusion(
             schedule,
             d.objective,

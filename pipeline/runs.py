@@ -28,7 +28,12 @@ class RunRecord:
     """Writes a run's record while it goes on. One writer: the holder of the run's lease."""
 
     def __init__(
-        self, storage: Storage, run: str, config: Config, planned: Sequence[PlannedStep]
+        self,
+        storage: Storage,
+        run: str,
+        config: Config,
+        planned: Sequence[PlannedStep],
+        target: str = "",
     ) -> None:
         self.storage, self.directory = storage, f"runs/{run}"
         self._lock = threading.Lock()  # steps that run side by side report from threads
@@ -41,6 +46,7 @@ class RunRecord:
         self.document: dict[str, Any] = {
             "run": run,
             "name": config.name,
+            "target": target,
             "config": config.model_dump(mode="json"),
             # A verb for one step plans a part; what was known of the others stays.
             "identities": before["identities"] | {p.step.name: dict(p.identity) for p in planned},
@@ -59,6 +65,19 @@ class RunRecord:
         }
         self.document["executions"].append(self._execution)
         self._write()
+
+    def plan_again(self, planned: Sequence[PlannedStep]) -> None:
+        """Takes over what a step on the way has decided about those after it."""
+        with self._lock:
+            for p in planned:
+                name = p.step.name
+                self.document["identities"][name] = dict(p.identity)
+                self.document["directories"][name] = p.series_directory
+                if self._execution["steps"].get(name, {}).get("state", "planned") == "planned":
+                    self._execution["steps"][name] = {
+                        "state": "planned", "action": p.action, "reason": p.reason
+                    }  # fmt: skip
+            self._write()
 
     def observe(self, event: Event) -> None:
         """Takes an event of the workflow into the record."""

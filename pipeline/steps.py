@@ -30,6 +30,8 @@ NOT_LEARNED = (
     "max_rewinds",
     "storage_patience_s",
 )
+# Settings of a search that change how fast, but not what is found.
+NOT_SEARCHED = ("enabled", "max_concurrent", "train_steps", "num_steps")
 STEP_NAMES = ("preprocess", "features", "reference", "train", "evaluate", "promote", "report")
 
 
@@ -51,21 +53,8 @@ def make_steps(
     # The most that an elastic training may take: nothing runs beside it that it would wait for.
     # Whether the fewest fit is for the preflight to say.
     workers = train.max_workers
-    sections = {
-        name: {f"{name}.{key}": value for key, value in getattr(config, name)}
-        for name in ("model", "diffusion", "train", "evaluate")
-    }
-    # The order of items; without a window the keys are those from before there was one.
-    window = config.data.shuffle_window
-    order = {} if window is None else {"data.shuffle_window": window}
-    for key in NOT_LEARNED:
-        del sections["train"][f"train.{key}"]
-    for key in ("num_workers", "accumulation_steps"):
-        if config.model.dropout == 0:  # else each rank and part drops other units
-            del sections["train"][f"train.{key}"]
-    del sections["evaluate"]["evaluate.use_gpu"]
-    if train.learning_rate_decay == "cosine":  # one that ends elsewhere is another from the start
-        sections["train"]["train.decay_steps"] = train.num_steps
+    scoring = _section(config, "evaluate")
+    del scoring["evaluate.use_gpu"]
     steps = [
         Step(
             name="preprocess",
@@ -74,7 +63,7 @@ def make_steps(
             settings=_preprocess_settings(config.data, shards),
             resources=WHOLE_CLUSTER,
         ),
-        _features_step(config, order, extractor or {}),
+        _features_step(config, extractor or {}),
         Step(
             name="reference",
             version=3,
@@ -87,7 +76,7 @@ def make_steps(
             name="train",
             version=3,
             function="pipeline.train:train",
-            settings=sections["model"] | sections["diffusion"] | sections["train"] | order,
+            settings=train_settings(config),
             inputs=("preprocess",),
             after=() if train.fid_every is None else ("features", "reference"),
             resources=Resources(
@@ -102,7 +91,7 @@ def make_steps(
         name="evaluate",
         version=4,
         function="pipeline.evaluate:evaluate",
-        settings=sections["evaluate"],
+        settings=scoring,
         inputs=(*evaluated, "train"),
         resources=WHOLE_CLUSTER,
     )
@@ -127,7 +116,9 @@ def make_steps(
             title = f"{config.name}: {', '.join(sources)}"
             return [*steps, images, evaluate, _evaluation_page(evaluate, title)]
     return [
-        *steps,
+        *steps[:-1],
+        _tune_step(config),
+        steps[-1],
         evaluate,
         Step(
             name="promote",
@@ -144,6 +135,54 @@ def make_steps(
             inputs=("preprocess", "features", "reference", "train", "evaluate", "promote"),
         ),
     ]
+
+
+def train_settings(config: Config) -> dict[str, Any]:
+    """What determines a training, but its data set."""
+    train = _section(config, "train")
+    for key in NOT_LEARNED:
+        del train[f"train.{key}"]
+    for key in ("num_workers", "accumulation_steps"):
+        if config.model.dropout == 0:  # else each rank and part drops other units
+            del train[f"train.{key}"]
+    if config.train.learning_rate_decay == "cosine":  # one that ends elsewhere is another
+        train["train.decay_steps"] = config.train.num_steps
+    diffusion = _section(config, "diffusion")
+    if not config.diffusion.zero_terminal_snr:  # keys from before there was such a setting hold
+        del diffusion["diffusion.zero_terminal_snr"]
+    return _section(config, "model") | diffusion | train | _order(config)
+
+
+def _order(config: Config) -> dict[str, Any]:
+    """The order of items; without a window the keys are those from before there was one."""
+    window = config.data.shuffle_window
+    return {} if window is None else {"data.shuffle_window": window}
+
+
+def _section(config: Config, name: str) -> dict[str, Any]:
+    return {f"{name}.{key}": value for key, value in getattr(config, name)}
+
+
+def _tune_step(config: Config) -> Step:
+    """The search; no input of the others: what follows is planned from the winner's config."""
+    settings = {f"tune.{k}": v for k, v in config.tune.model_dump(mode="json").items()}
+    for key in NOT_SEARCHED:
+        del settings[f"tune.{key}"]
+    settings |= train_settings(config) | {"train.num_steps": config.trial_steps}
+    if config.train.learning_rate_decay == "cosine":
+        settings["train.decay_steps"] = config.trial_steps
+    if config.tune.metric == "fid":
+        names = ("num_steps", "spacing", "eta", "clip_x_start", "guidance_scale", "seed")
+        settings |= {f"evaluate.{name}": getattr(config.evaluate, name) for name in names}
+        settings["evaluate.num_steps"] = config.tune.num_steps or config.evaluate.num_steps
+    return Step(
+        name="tune",
+        version=1,
+        function="pipeline.tune.experiment:tune",
+        settings=settings,
+        inputs=("preprocess", "features", "reference"),
+        resources=WHOLE_CLUSTER,
+    )
 
 
 def _evaluation_page(evaluate: Step, title: str) -> Step:
@@ -165,7 +204,7 @@ def _preprocess_settings(data: DataConfig, shards: Sequence[InputShard]) -> dict
     }
 
 
-def _features_step(config: Config, order: Mapping[str, Any], extractor: Mapping[str, str]) -> Step:
+def _features_step(config: Config, extractor: Mapping[str, str]) -> Step:
     """Keyed by the data set where the extractor learns from it, else by the files that make it."""
     features = config.features
     settings: dict[str, Any] = {
@@ -175,7 +214,7 @@ def _features_step(config: Config, order: Mapping[str, Any], extractor: Mapping[
     if features.is_trained:
         names = ("num_steps", "batch_size", "learning_rate", "seed")
         settings |= {f"features.{name}": getattr(features, name) for name in names}
-        settings |= order
+        settings |= _order(config)
     else:
         settings |= {"data.shape": list(config.data.shape), **extractor}
         if features.is_own:

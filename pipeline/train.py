@@ -7,6 +7,7 @@ Progress reaches the driver, and `status`, through `progress.json` in the storag
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import threading
@@ -21,7 +22,14 @@ from pipeline import trace
 from pipeline.checkpoint_writer import Patience
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
 from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
-from pipeline.errors import ERRORS, DataError, RaydiffusionError, StorageError, TrainingError
+from pipeline.errors import (
+    ERRORS,
+    DataError,
+    EvaluationError,
+    RaydiffusionError,
+    StorageError,
+    TrainingError,
+)
 from pipeline.fid_validation import Scorer, scores_beside
 from pipeline.fid_weights import WeightsHandover
 from pipeline.host import torch_threads
@@ -58,7 +66,7 @@ def train(context: StepContext) -> dict[str, Any]:
     with scores_beside(context) as scorer, _tell_progress(context, scorer):
         settings["fid_directory"] = scorer and scorer.directory
         if world is None:
-            _fit(context, settings)
+            fit_workers(context.config, context.storage, context.series_directory, settings)
         else:
             announce(settings)
             _fit_under_torchrun(settings, world)
@@ -204,15 +212,16 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, str] | None:
     import ray.train.torch
 
     context = ray.train.get_context()
+    module, _, name = settings.get("function", "pipeline.train:_train_rank").partition(":")
     try:
-        _train_rank(
+        getattr(importlib.import_module(module), name)(
             settings,
             context.get_world_rank(),
             context.get_world_size(),
             ray.train.torch.get_device(),
             _is_preempted if settings["watches_preemption"] else lambda: False,
         )
-    except TrainingError as error:
+    except (TrainingError, EvaluationError) as error:
         return {"kind": type(error).__name__, "error": str(error)}
     return None
 
@@ -274,14 +283,26 @@ def most_groups(num_groups: int, on_node: int, world_size: int) -> int:
     return min(num_groups, on_node * -(-num_groups // world_size))
 
 
-def _fit(context: StepContext, settings: dict[str, Any]) -> None:
+def fit_workers(config: Config, storage: Storage, directory: str, settings: dict[str, Any]) -> None:
+    """Trains with Ray Train's workers; returns when all are done.
+
+    Args:
+        config: the whole config.
+        storage: the root.
+        directory: of the training, below the root.
+        settings: that each worker gets; `function` names what it runs, as `module:name`, where that
+            is not the training of the step `train`.
+
+    Raises:
+        TrainingError: workers failed more often than `train.max_failures`.
+    """
     import ray.train
     from ray.train.torch import TorchConfig
 
-    train_config = context.config.train
+    train_config = config.train
     # Ray's own records are of no use to us, and must not be found by a later attempt.
-    ray_directory = f"{context.series_directory}/ray"
-    context.storage.delete(ray_directory)
+    ray_directory = f"{directory}/ray"
+    storage.delete(ray_directory)
     trainer = _make_trainer_class()(
         _train_worker,
         train_loop_config=settings,
@@ -300,7 +321,7 @@ def _fit(context: StepContext, settings: dict[str, Any]) -> None:
             failure_config=ray.train.FailureConfig(
                 max_failures=train_config.max_failures, controller_failure_limit=3
             ),
-            **_ray_storage(context.storage, ray_directory),
+            **ray_storage(storage, ray_directory),
         ),
     )
     try:
@@ -311,7 +332,7 @@ def _fit(context: StepContext, settings: dict[str, Any]) -> None:
         raise _explain(error) from error
     finally:
         with contextlib.suppress(RaydiffusionError):
-            context.storage.delete(ray_directory)
+            storage.delete(ray_directory)
 
 
 def _make_trainer_class() -> Any:
@@ -334,7 +355,8 @@ def _make_trainer_class() -> Any:
     return Trainer
 
 
-def _ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
+def ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
+    """Where Ray may write its own records, as arguments of its RunConfig."""
     path = f"{storage.uri}/{directory}"
     if not isinstance(storage, ObjectStorage):
         return {"storage_path": path}

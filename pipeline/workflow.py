@@ -228,21 +228,23 @@ def execute(
     capacity: Resources,
     observer: Observer,
     wait_for_lease: bool = True,
+    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Runs what is not cached and returns all manifests by step name.
 
     Steps whose inputs are there run side by side while the sum of their resources fits the
     capacity, otherwise one after the other. The first failure lets the running ones finish,
-    starts no more, and is raised.
+    starts no more, and is raised. Steps whose manifests are `known`, from an earlier call, are
+    passed over.
 
     Raises:
         RaydiffusionError: a step's own.
     """
-    manifests: dict[str, dict[str, Any]] = {}
-    waiting = list(planned)
+    manifests = dict(known or {})
+    waiting = [p for p in planned if p.step.name not in manifests]
     running: dict[Future[dict[str, Any]], PlannedStep] = {}
     failure: BaseException | None = None
-    pool = ThreadPoolExecutor(max_workers=len(planned), thread_name_prefix="step")
+    pool = ThreadPoolExecutor(max_workers=max(1, len(planned)), thread_name_prefix="step")
     try:
         while (waiting and failure is None) or running:
             for p in list(waiting) if failure is None else []:

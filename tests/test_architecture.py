@@ -38,7 +38,7 @@ def test_imports_point_one_way(package: str) -> None:
     ("module", "absent"),
     [
         ("diffusion_core", ("ray", "pyarrow", "pipeline")),
-        ("jobs.cli", ("torch", "ray", "pyarrow", "numpy", "fsspec", "matplotlib")),
+        ("jobs.cli", ("torch", "ray", "pyarrow", "numpy", "fsspec", "matplotlib", "optuna")),
     ],
 )
 def test_import_loads_nothing_heavy(module: str, absent: tuple[str, ...]) -> None:

@@ -38,6 +38,7 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "features": 2,
         "reference": 3,
         "train": 3,
+        "tune": 1,
         "evaluate": 4,
         "promote": 1,
         "report": 1,
@@ -55,7 +56,11 @@ def test_how_shards_are_read_changes_no_data_set(tiny_config: Path) -> None:
     assert "shuffle_window" not in str(plain)  # keys from before there was one hold
     windowed, same_unit = made("data.shuffle_window=64")
     assert same_unit == unit
-    assert {name for name in plain if plain[name] != windowed[name]} == {"features", "train"}
+    assert {name for name in plain if plain[name] != windowed[name]} == {
+        "features",
+        "train",
+        "tune",
+    }
     assert windowed["train"] == plain["train"] | {"data.shuffle_window": 64}
 
 

@@ -10,6 +10,7 @@ from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
 from pipeline.settings.model import DiffusionConfig, ModelConfig
 from pipeline.settings.section import Section
 from pipeline.settings.train import NOISE_GROUP, TrainConfig
+from pipeline.settings.tune import SpaceConfig, TuneConfig
 
 __all__ = [
     "CACHE_BYTES",
@@ -24,6 +25,8 @@ __all__ = [
     "FeaturesConfig",
     "ModelConfig",
     "Section",
+    "SpaceConfig",
     "StorageConfig",
     "TrainConfig",
+    "TuneConfig",
 ]

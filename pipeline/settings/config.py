@@ -9,6 +9,7 @@ from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
 from pipeline.settings.model import DiffusionConfig, ModelConfig
 from pipeline.settings.section import Positive, Section
 from pipeline.settings.train import TrainConfig
+from pipeline.settings.tune import TuneConfig, faults_of_tune
 
 
 class StorageConfig(Section):
@@ -39,6 +40,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     features: FeaturesConfig = FeaturesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
@@ -78,9 +80,42 @@ class Config(Section):
             )
         if self.train.fid_every is not None:
             faults += self._faults_of_fid(needed)
+        if self.tune.enabled:
+            faults += self.faults_of_tune()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def trial_steps(self) -> int:
+        """Optimiser steps of a whole trial of the search."""
+        return self.tune.train_steps or self.train.num_steps
+
+    def faults_of_tune(self) -> list[str]:
+        """What stands against a search; looked for only where one is wanted."""
+        faults = faults_of_tune(
+            self.tune,
+            images=self.trial_steps * self.train.global_batch_size,
+            batch=self.train.global_batch_size,
+            num_features=self.features.num_features,
+            diffusion=self.diffusion,
+        )
+        if self.data.is_sequence:
+            faults.append(
+                "tune scores images, and data.sequence_shape makes sequences. Do without."
+            )
+        for name in ("validation_fraction", "test_fraction"):
+            if not getattr(self.data, name):
+                faults.append(
+                    f"data.{name} must be above 0 for a search: trials are scored on images that "
+                    "are held out, and the winner on others, got 0. Raise it."
+                )
+        if self.train.min_workers < self.train.max_workers:
+            faults.append(
+                "train.num_workers must be a number for a search, so that all trials get as much, "
+                f"got {[self.train.min_workers, self.train.max_workers]}. Change it."
+            )
+        return faults
 
     def _faults_of_fid(self, needed: int) -> list[str]:
         """What stands against scores beside training."""

@@ -45,6 +45,9 @@ class DiffusionConfig(Section):
         "linear", "scaled_linear", "cosine", "sigmoid", "sqrt", "logistic", "lerp"
     ] = "cosine"
     schedule_options: dict[str, float | bool] = Field(default={})
+    zero_terminal_snr: bool = Field(
+        default=False, description="shift and scale the signal so that the last step is noise alone"
+    )
     num_train_timesteps: Positive = 1000
     objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = "pred_v"
     weighting: Literal["uniform", "snr", "min_snr", "vlb"] = "uniform"

@@ -1,0 +1,41 @@
+"""What the verbs about a search print: what was found, and the command that trains it."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def as_typed(config: Path, overrides: Sequence[str]) -> str:
+    """A config and its `--set` options as they can be typed into a shell."""
+    given = [part for text in overrides for part in ("--set", text)]
+    return shlex.join([str(config), *given])
+
+
+def command(metrics: Mapping[str, Any], target: str) -> str:
+    """The command that trains what a search recommends.
+
+    Args:
+        metrics: of the step `tune`.
+        target: the config with its options, as typed.
+    """
+    given = [part for text in metrics["overrides"] for part in ("--set", text)]
+    return f"raydiffusion run {target} {shlex.join([*given, '--set', 'tune.enabled=false'])}"
+
+
+def show_search(console: Console, metrics: Mapping[str, Any], target: str) -> None:
+    """Prints what a search found."""
+    verdict, number = metrics["verdict"], metrics["recommended"]
+    name = "the config as it is" if number == 0 else f"trial {number:04d}"
+    if verdict["kind"] == "best":
+        said = f"{name} is best, beyond the spread over seeds"
+    else:
+        tied = ", ".join("as configured" if n == 0 else f"{n:04d}" for n in verdict["tied"])
+        said = f"not distinguishable within the spread over seeds: {tied}; recommended: {name}"
+    counts = ", ".join(f"{count} {word}" for word, count in metrics["counts"].items())
+    for line in (f"search: {said}", f"{counts}, {metrics['cost']['images']:,} images"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print("to train it:", highlight=False)
+    console.print(f"  {command(metrics, target)}", highlight=False, markup=False, soft_wrap=True)

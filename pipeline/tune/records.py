@@ -1,0 +1,202 @@
+"""What is kept of an experiment, so that the same command continues it after any kill.
+
+    steps/tune/<experiment>/trials/<name>/proposal.json   before a trial starts
+    steps/tune/<experiment>/trials/<name>/result.json     when it has ended, whichever way
+    steps/trial/<trial>/rungs/<step>.json                 a score on the way, by the trial itself
+    steps/trial/<trial>/samples/<step>.safetensors        a few of the samples behind it
+    steps/trial/<trial>/checkpoints/                      while it may go on
+    steps/trial/<trial>/manifest.json                     once it was trained to its end
+
+All are created once. A trial is keyed by its resolved config, its data and the protocol of its
+score, so that another experiment which comes by the same trial finds it. Checkpoints are deleted
+when a trial has ended, so that there are never more than those of the trials that run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pipeline.storage import Storage
+
+Outcome = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A trial of an experiment, before it runs; JSON.
+
+    Args:
+        name: within the experiment: `0003`, or `0003-seed1` of a finalist.
+        number: of the proposal; 0 is the config as it is.
+        choice: by name of the parameter.
+        overrides: the same, as `--set` takes it.
+        key: of the trial.
+        refused: what was drawn before it and refused, counted by reason.
+    """
+
+    name: str
+    number: int
+    choice: Mapping[str, Any]
+    overrides: Sequence[str]
+    key: str
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> str:
+        """Of the trial, below the root."""
+        return f"steps/trial/{self.key}"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A score of a trial on its way; JSON.
+
+    Args:
+        step: optimiser steps done.
+        images_seen: by then.
+        value: of the score; lower is better.
+        train_s: seconds of training since the rung before, or since it was resumed.
+        score_s: seconds that the score took.
+    """
+
+    step: int
+    images_seen: int
+    value: float
+    train_s: float
+    score_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a trial; JSON.
+
+    Args:
+        outcome: trained to its end, ended early as it fell behind, or failed.
+        rungs: its scores, by steps; the last is that of the whole trial if it finished.
+        seconds: from its start to its end, of the last attempt.
+        reason: of a failure.
+    """
+
+    outcome: Outcome
+    rungs: Sequence[Rung]
+    seconds: float
+    reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """The score of a trial that finished."""
+        return self.rungs[-1].value if self.outcome == "finished" else None
+
+    @property
+    def by_images(self) -> dict[int, float]:
+        """The scores by images seen; none of a failed trial."""
+        if self.outcome == "failed":
+            return {}
+        return {rung.images_seen: rung.value for rung in self.rungs}
+
+
+class Records:
+    """The records of one experiment.
+
+    Args:
+        storage: the root.
+        directory: of the step `tune`, below the root.
+    """
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self.storage, self.directory = storage, f"{directory}/trials"
+
+    def add(self, entry: Entry) -> None:
+        """Keeps a proposal, before its trial starts."""
+        path = f"{self.directory}/{entry.name}/proposal.json"
+        self.storage.create(path, json.dumps(asdict(entry)).encode())
+
+    def end(self, entry: Entry, result: Result) -> None:
+        """Keeps what came of a trial, and lets its checkpoints go."""
+        path = f"{self.directory}/{entry.name}/result.json"
+        self.storage.create(path, json.dumps(asdict(result)).encode())
+        self.drop_checkpoints(entry)
+
+    def forget(self, entry: Entry) -> None:
+        """Lets a trial be tried again as if it had not ended."""
+        self.storage.delete(f"{self.directory}/{entry.name}/result.json")
+
+    def drop_checkpoints(self, entry: Entry) -> None:
+        """Deletes what an ended trial would have continued from."""
+        self.storage.delete(f"{entry.directory}/checkpoints")
+
+    def entries(self) -> list[Entry]:
+        """All that were proposed, by name."""
+        found = [
+            self._read(f"{self.directory}/{name}/proposal.json")
+            for name in self.storage.list(self.directory)
+        ]
+        return [Entry(**document) for document in found if document is not None]
+
+    def result(self, entry: Entry) -> Result | None:
+        """What came of a trial; None while it has not ended."""
+        document = self._read(f"{self.directory}/{entry.name}/result.json")
+        if document is None:
+            return None
+        rungs = [Rung(**rung) for rung in document.pop("rungs")]
+        return Result(**document, rungs=rungs)
+
+    def results(self) -> dict[str, Result]:
+        """Of all that have ended, by name."""
+        found = {entry.name: self.result(entry) for entry in self.entries()}
+        return {name: result for name, result in found.items() if result is not None}
+
+    def _read(self, path: str) -> dict[str, Any] | None:
+        return read_json(self.storage, path)
+
+
+class TrialStore:
+    """What a trial keeps of itself.
+
+    Args:
+        storage: the root.
+        directory: of the trial, below the root.
+    """
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self.storage, self.directory = storage, directory
+
+    def rungs(self) -> list[Rung]:
+        """The scores that were made, by steps."""
+        names = self.storage.list(f"{self.directory}/rungs")
+        found = [read_json(self.storage, f"{self.directory}/rungs/{name}") for name in names]
+        return [Rung(**document) for document in found if document is not None]
+
+    def add_rung(self, rung: Rung, samples: bytes | None) -> None:
+        """Keeps a score, and the samples behind it first."""
+        if samples is not None:
+            path = f"{self.directory}/samples/{rung.step:09d}.safetensors"
+            self.storage.create(path, samples)
+        path = f"{self.directory}/rungs/{rung.step:09d}.json"
+        self.storage.create(path, json.dumps(asdict(rung)).encode())
+
+    def read_samples(self, step: int) -> bytes | None:
+        """Those of a score; None where it has none."""
+        try:
+            return self.storage.read(f"{self.directory}/samples/{step:09d}.safetensors")
+        except FileNotFoundError:
+            return None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.storage.exists(f"{self.directory}/manifest.json")
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Says that it was trained to its end: the last thing to be written."""
+        path = f"{self.directory}/manifest.json"
+        self.storage.create(path, json.dumps(manifest, indent=1).encode())
+
+
+def read_json(storage: Storage, path: str) -> dict[str, Any] | None:
+    """A JSON object of the storage root; None where there is none."""
+    try:
+        return json.loads(storage.read(path))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,312 @@
+"""Ray Tune: runs trials on the cluster, as many at a time as it holds, and ends the hopeless ones.
+
+Ray Tune schedules, searches and stops; it is given nothing to keep. Its own files go to a scratch
+directory, from which only those for people are copied out, and nothing of it is unpickled: what an
+experiment continues from are the project's records (`records.py`).
+"""
+
+import contextlib
+import logging
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.capacity import fits_on
+from pipeline.cluster import Node
+from pipeline.errors import RaydiffusionError
+from pipeline.settings import Config
+from pipeline.storage import Storage, open_storage
+from pipeline.train import ray_storage
+from pipeline.tune.records import Entry, Records, Result, Rung
+from pipeline.tune.trial import grace_steps, run_trial, trial_config
+
+logger = logging.getLogger(__name__)
+
+SCORE, IMAGES = "score", "images_seen"  # names in Ray Tune's results
+LEFT_OUT = (".pkl", "experiment_state")  # of Ray Tune's files: pickles and its own state
+# Read by Ray Tune: a failed trial reports no score; nothing is printed.
+RAY_ENVIRONMENT = {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+END_TIMEOUT_S = "60"  # for the thread of a stopped trial, before its actor is used again
+
+Source = Callable[[], Entry | None]
+OnEnd = Callable[[Entry, Result], None]
+
+
+def concurrency(config: Config, nodes: Sequence[Node]) -> int:
+    """How many trials fit the cluster at a time, within `tune.max_concurrent`; at least 1."""
+    workers = sum(fits_on(config, node) for node in nodes) // config.train.max_workers
+    return max(1, min(workers, config.tune.max_concurrent or workers))
+
+
+def run_trials(
+    config: Config,
+    storage: Storage,
+    inputs: Mapping[str, Mapping[str, Any]],
+    records: Records,
+    source: Source,
+    on_end: OnEnd,
+    *,
+    count: int,
+    at_a_time: int,
+    rungs: Sequence[int],
+    replayed: Mapping[str, Result] | None = None,
+    on_rung: Callable[[Entry, Rung], None] = lambda entry, rung: None,
+) -> None:
+    """Runs the trials that a source gives until it has no more; each is recorded when it ends.
+
+    Args:
+        config: the base.
+        storage: the root.
+        inputs: the manifests of `preprocess`, `features` and `reference`.
+        records: of the experiment.
+        source: the next trial, or None; asked while others run.
+        on_end: told each result, once it is recorded.
+        count: of trials, at most.
+        at_a_time: of trials.
+        rungs: steps at which they are scored; with more than the last, ASHA stops between them.
+        replayed: results of an earlier process, which ASHA compares with.
+        on_rung: told each score.
+    """
+    os.environ |= RAY_ENVIRONMENT
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # every failure is in the records
+    scratch = f"{records.directory.rpartition('/')[0]}/ray"
+    keep_logs(storage, scratch)
+    watcher = _make_watcher(records, source, on_end, on_rung, rungs[-1])
+    common = {"config": config.model_dump_json(), "storage": storage.uri, "rungs": list(rungs)}
+    common["inputs"] = {name: dict(manifest) for name, manifest in inputs.items()}
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(at_a_time))
+    trainable = tune.with_resources(
+        tune.with_parameters(_trainable, common=common), _bundles(config)
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            num_samples=count,  # metric and mode are told to ASHA itself, which knows more already
+            search_alg=watcher.searcher,
+            scheduler=_make_scheduler(config, rungs, replayed or {}),
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["name"],
+            trial_dirname_creator=lambda trial: trial.config["name"],
+        ),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[watcher.callback],
+            **ray_storage(storage, scratch),
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        with contextlib.suppress(RaydiffusionError):
+            keep_logs(storage, scratch)
+    if watcher.errors:
+        raise watcher.errors[0]
+
+
+def keep_logs(storage: Storage, scratch: str) -> None:
+    """Copies what Ray Tune wrote for people, TensorBoard's files and tables, and drops the rest."""
+    above = scratch.rpartition("/")[0]
+    target, names = f"{above}/logs", storage.list(f"{above}/trials")
+    for run in storage.list(scratch):
+        for trial in [name for name in storage.list(f"{scratch}/{run}") if name in names]:
+            for name in storage.list(f"{scratch}/{run}/{trial}"):
+                if not name.endswith(LEFT_OUT) and not name.startswith(LEFT_OUT):
+                    content = storage.read(f"{scratch}/{run}/{trial}/{name}")
+                    storage.replace(f"{target}/{trial}/{name}", content)
+    storage.delete(scratch)
+
+
+def _bundles(config: Config) -> Any:
+    """What a trial takes: a worker's share, or next to nothing where Ray Train has the workers."""
+    from ray import tune
+
+    train = config.train
+    worker: dict[str, float] = {"CPU": train.cpus_per_worker} | (
+        {"GPU": 1} if train.use_gpu else {}
+    )
+    if train.max_workers == 1:
+        return tune.PlacementGroupFactory([worker])
+    return tune.PlacementGroupFactory([{"memory": 1 << 20}])
+
+
+def _make_scheduler(config: Config, rungs: Sequence[int], replayed: Mapping[str, Result]) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+
+    if len(rungs) < 2:
+        return FIFOScheduler()
+    batch = config.train.global_batch_size
+    scheduler = AsyncHyperBandScheduler(
+        time_attr=IMAGES,
+        metric=SCORE,
+        mode="min",
+        max_t=config.trial_steps * batch,
+        grace_period=grace_steps(config) * batch,
+        reduction_factor=config.tune.reduction_factor,
+    )
+    for name, result in replayed.items():  # with what is known of trials of an earlier process
+        past: Any = _Past(name)
+        scheduler.on_trial_add(None, past)  # pyright: ignore[reportArgumentType]
+        for rung in result.rungs if result.outcome != "failed" else ():
+            seen = {IMAGES: rung.images_seen, SCORE: rung.value}
+            scheduler.on_trial_result(None, past, seen)  # pyright: ignore[reportArgumentType]
+    return scheduler
+
+
+class _Past:
+    """As much of a trial of Ray's as its scheduler looks at."""
+
+    def __init__(self, name: str) -> None:
+        self.trial_id = name
+
+
+def _trainable(trial: dict[str, Any], common: dict[str, Any]) -> None:
+    """One trial in the process of a Ray Tune actor: every end but a kill is a report."""
+    from ray import tune
+
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = END_TIMEOUT_S
+    storage, base = open_storage(common["storage"]), Config.model_validate_json(common["config"])
+
+    def report(rung: Rung) -> None:
+        tune.report({SCORE: rung.value, IMAGES: rung.images_seen, "rung": asdict(rung)})
+
+    try:
+        config = trial_config(base, trial["overrides"])
+        run_trial(config, storage, common["inputs"], common["rungs"], report)
+    except RaydiffusionError as error:
+        tune.report({"failed": str(error)})
+    except Exception:  # of anything: the search goes on without this trial
+        tune.report({"failed": traceback.format_exc(limit=-3)})
+
+
+class _Watcher:
+    """Stands between Ray Tune and the records: gives it trials, and keeps what comes of them."""
+
+    searcher: Any
+    callback: Any
+
+    def __init__(
+        self,
+        records: Records,
+        source: Source,
+        on_end: OnEnd,
+        on_rung: Callable[[Entry, Rung], None],
+        last_step: int,
+    ) -> None:
+        self.last_step = last_step
+        self.records, self.source, self.on_end, self.on_rung = records, source, on_end, on_rung
+        self.entries: dict[str, Entry] = {}
+        self.rungs: dict[str, dict[int, Rung]] = {}
+        self.started: dict[str, float] = {}
+        self.errors: list[Exception] = []
+
+    def suggest(self) -> dict[str, Any] | None:
+        try:
+            entry = self.source()
+        except Exception as error:  # Ray Tune would wrap it
+            self.errors.append(error)
+            return None
+        if entry is None:
+            return None
+        self.records.add(entry)
+        self.entries[entry.name], self.rungs[entry.name] = entry, {}
+        return {"name": entry.name, "overrides": list(entry.overrides), **entry.choice}
+
+    def begin(self, name: str) -> None:
+        self.started.setdefault(name, time.monotonic())
+
+    def take(self, name: str, result: Mapping[str, Any]) -> None:
+        if "rung" in result and result["rung"]["step"] not in self.rungs[name]:
+            rung = Rung(**result["rung"])
+            self.rungs[name][rung.step] = rung
+            self.on_rung(self.entries[name], rung)
+
+    def end(self, name: str, last: Mapping[str, Any], reason: str) -> None:
+        rungs = [self.rungs[name][step] for step in sorted(self.rungs[name])]
+        seconds = time.monotonic() - self.started.get(name, time.monotonic())
+        reason = reason or last.get("failed", "")
+        if reason:
+            outcome = "failed"
+        else:
+            outcome = "finished" if rungs and rungs[-1].step >= self.last_step else "stopped"
+        result = Result(outcome, rungs, seconds, reason)
+        self.records.end(self.entries[name], result)
+        self.on_end(self.entries[name], result)
+
+
+def _make_watcher(
+    records: Records,
+    source: Source,
+    on_end: OnEnd,
+    on_rung: Callable[[Entry, Rung], None],
+    last_step: int,
+) -> _Watcher:
+    """The watcher with Ray Tune's two interfaces to it; Ray is imported only here."""
+    from ray.tune import Callback
+    from ray.tune.search import Searcher
+
+    watcher = _Watcher(records, source, on_end, on_rung, last_step)
+
+    class GivenTrials(Searcher):
+        """Asks the source, whatever Ray Tune's own idea of an order is."""
+
+        def suggest(self, trial_id: str) -> Any:
+            return watcher.suggest() or Searcher.FINISHED
+
+        def on_trial_complete(
+            self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        ) -> None:
+            pass  # the callback below is told the same, with the trial's name
+
+        def save(self, checkpoint_path: str) -> None:
+            pass
+
+        def restore(self, checkpoint_path: str) -> None:
+            pass
+
+        def __reduce__(self) -> Any:  # Ray Tune pickles what it would restore; we do not restore
+            return (Searcher, ())
+
+    class Recorder(Callback):
+        """Records every result before Ray Tune asks for the next trial."""
+
+        def on_trial_start(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
+            watcher.begin(trial.config["name"])
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            watcher.take(trial.config["name"], result)
+
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
+            self._end(trial, "")
+
+        def on_trial_error(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
+            lines = str(trial.get_error() or "").strip().splitlines()
+            self._end(trial, f"its process died: {lines[-1] if lines else 'Ray does not say why'}")
+
+        def _end(self, trial: Any, reason: str) -> None:
+            try:
+                watcher.end(trial.config["name"], trial.last_result or {}, reason)
+            except Exception as error:  # Ray Tune would swallow or wrap it
+                watcher.errors.append(error)
+
+        def __reduce__(self) -> Any:
+            return (Callback, ())
+
+    watcher.searcher, watcher.callback = GivenTrials(metric=SCORE, mode="min"), Recorder()
+    return watcher

@@ -1,0 +1,54 @@
+"""What an experiment keeps, and what a kill between two writes leaves."""
+
+from pathlib import Path
+
+from pipeline.storage import LocalStorage
+from pipeline.tune.records import Entry, Records, Result, Rung, TrialStore
+
+ENTRY = Entry(
+    "0001", 1, {"schedule": "cosine", "cosine.s": 0.01}, ["diffusion.schedule=cosine"], "k"
+)
+RUNGS = [Rung(10, 320, 9.5, 1.0, 0.2), Rung(30, 960, 4.5, 2.0, 0.2)]
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    records = Records(LocalStorage(str(tmp_path)), "steps/tune/e")
+    records.add(ENTRY)
+    assert records.entries() == [ENTRY]
+    assert records.result(ENTRY) is None
+    records.end(ENTRY, Result("finished", RUNGS, 3.5))
+    again = Records(LocalStorage(str(tmp_path)), "steps/tune/e")
+    result = again.results()["0001"]
+    assert result == Result("finished", RUNGS, 3.5)
+    assert result.value == 4.5
+    assert result.by_images == {320: 9.5, 960: 4.5}
+
+
+def test_the_first_result_of_a_trial_counts(tmp_path: Path) -> None:
+    records = Records(LocalStorage(str(tmp_path)), "steps/tune/e")
+    records.add(ENTRY)
+    records.end(ENTRY, Result("stopped", RUNGS[:1], 1.0))
+    records.end(ENTRY, Result("finished", RUNGS, 2.0))  # by a zombie
+    found = records.result(ENTRY)
+    assert found is not None
+    assert (found.outcome, found.value) == ("stopped", None)
+
+
+def test_a_failed_trial_has_no_score_to_learn_from() -> None:
+    failed = Result("failed", RUNGS, 1.0, "the loss was not finite")
+    assert failed.value is None
+    assert failed.by_images == {}
+
+
+def test_checkpoints_go_when_a_trial_has_ended_and_its_scores_stay(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    records, trial = Records(storage, "steps/tune/e"), TrialStore(storage, ENTRY.directory)
+    storage.create(f"{ENTRY.directory}/checkpoints/000000010/manifest.json", b"{}")
+    trial.add_rung(RUNGS[0], b"pixels")
+    records.add(ENTRY)
+    records.end(ENTRY, Result("stopped", RUNGS[:1], 1.0))
+    assert storage.list(f"{ENTRY.directory}/checkpoints") == []
+    assert trial.rungs() == RUNGS[:1]
+    assert trial.read_samples(10) == b"pixels"
+    assert trial.read_samples(20) is None
+    assert not trial.is_finished

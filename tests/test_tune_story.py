@@ -1,0 +1,232 @@
+"""A search on a real Ray: killed in its middle, continued, read as a page, and used by `run`."""
+
+import csv
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config, override_config
+from pipeline.driver import make_plan
+from pipeline.storage import LocalStorage
+from pipeline.tune.records import Records
+
+from .conftest import DIGITS, TINY
+
+TUNE = """
+[tune]
+num_trials = 4
+num_samples = 64
+num_steps = 4
+num_finalists = 1
+num_seeds = 2
+train_steps = 30
+grace_images = 320
+[tune.space]
+schedule = ["linear", "cosine"]
+[tune.space.linear]
+beta_start = [1e-4, 1e-2]
+ratio = [2.0, 200.0]
+"""
+
+
+class Story:
+    """A config with a search, on the shared cluster."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self.directory = directory
+        self.config_path = directory / "tiny.toml"
+        text = TINY.format(sources=DIGITS / "digits-*.tar") + TUNE
+        self.config_path.write_text(text.replace("num_workers = 2", "num_workers = 1"))
+        self.arguments = (str(self.config_path), "--set", f"cluster.address={address}")
+        self.results_when_killed: dict[str, bytes] = {}
+        self.done: dict[str, Any] = {}
+        self.lines = ""
+
+    @property
+    def storage(self) -> LocalStorage:
+        return LocalStorage(str(self.directory / "runs"))
+
+    @property
+    def experiment(self) -> Path:
+        (found,) = (self.directory / "runs" / "steps" / "tune").iterdir()
+        return found
+
+    def results(self) -> dict[str, bytes]:
+        paths = (self.directory / "runs" / "steps" / "tune").glob("*/trials/*/result.json")
+        return {path.parent.name: path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def story(
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_cluster: str,
+    kill_cli_at: Callable[..., list[str]],
+    run_cli: Callable[..., Any],
+) -> Story:
+    """Kills the search once two trials have ended, and lets the same command finish it."""
+    told = Story(tmp_path_factory.mktemp("tune"), ray_cluster)
+    kill_cli_at(
+        "tune", *told.arguments, cwd=told.directory, timeout=300,
+        is_time=lambda lines: len(told.results()) >= 2,
+    )  # fmt: skip
+    told.results_when_killed = told.results()
+    done = run_cli("tune", *told.arguments, "--json", cwd=told.directory, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told.done, told.lines = json.loads(done.stdout), done.stderr
+    return told
+
+
+def test_finished_trials_are_kept_and_the_others_run(story: Story) -> None:
+    count = len(story.results_when_killed)
+    assert f"{count} of 4 trials are there already" in story.lines
+    now = story.results()
+    assert {name: now[name] for name in story.results_when_killed} == story.results_when_killed
+    records = Records(story.storage, f"steps/tune/{story.experiment.name}")
+    entries = records.entries()
+    searched = [entry.name for entry in entries if "-seed" not in entry.name]
+    assert searched == ["0000", "0001", "0002", "0003"]
+    assert all(records.result(entry) is not None for entry in entries)
+    for name in story.results_when_killed:
+        assert f"trial {name} (" not in story.lines
+
+
+def test_the_config_as_it_is_competes_and_is_trained_with_as_many_seeds(story: Story) -> None:
+    document = json.loads(
+        (story.directory / "runs" / "runs" / story.done["run"] / "tune.json").read_text()
+    )
+    counts = {f["number"]: f["count"] for f in document["finalists"]}
+    assert counts[0] == 2
+    assert len(counts) == 2
+    assert document["protocol"]["reference_split"] == "validation"
+    assert document["verdict"]["kind"] in ("best", "not distinguishable")
+    if document["verdict"]["kind"] == "not distinguishable" and 0 in document["verdict"]["tied"]:
+        assert document["recommended"] == 0
+    stopped = [t for t in document["trials"] if t["outcome"] == "stopped"]
+    assert all(t["rungs"][-1]["images_seen"] < 30 * 32 for t in stopped)
+
+
+def test_only_scores_and_pictures_of_trials_stay(story: Story) -> None:
+    root = story.directory / "runs"
+    assert list(root.glob("steps/trial/*/checkpoints/*")) == []
+    assert list(root.rglob("*.pkl")) == []
+    assert list(root.glob("steps/tune/*/ray")) == []
+    assert list(root.rglob(".staged-*")) == []
+    assert len(list(root.glob("steps/tune/*/logs/*/events.out.tfevents*"))) >= 4
+
+
+def test_the_page_needs_no_other_file_and_its_command_works(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    page = Path(story.done["search"]).read_text()
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
+    for heading in ("Train what is recommended", "Learning curves", "All trials at once",
+                    "Leaderboard of the search", "Refused before training", "Cost"):  # fmt: skip
+        assert f"<h2>{heading}" in page
+    printed = re.search(r'<pre class="command">(.*?)</pre>', page, re.S)
+    assert printed is not None
+    words = shlex.split(printed[1].replace("&#39;", "'").replace("&#34;", '"'))
+    assert words[:3] == ["raydiffusion", "run", str(story.config_path)]
+    plan = run_cli("plan", *words[2:], "--json", cwd=story.directory)
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    by_hand = {s["step"]: s["key"] for s in json.loads(plan.stdout)["steps"]}
+    config = load_config(story.config_path, [f"storage.root={story.storage.uri}"])
+    planned = make_plan(override_config(config, ["tune.enabled=true"]))
+    keys = {p.step.name: p.key for p in planned.steps}
+    assert keys.pop("tune") == story.experiment.name
+    assert keys == by_hand  # what `run` with a search does next hits the same cache
+
+
+def test_the_table_has_every_training(story: Story) -> None:
+    path = story.directory / "runs" / "runs" / story.done["run"] / "trials.csv"
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    assert len(rows) == 4 + 2 * 2
+    assert {row["outcome"] for row in rows} <= {"finished", "stopped"}
+
+
+def test_the_same_again_is_cached_and_the_page_is_written_again(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    page = Path(story.done["search"])
+    before = page.read_text()
+    page.unlink()
+    # An address where nothing listens: starting or joining Ray would fail.
+    done = run_cli(
+        "tune", story.arguments[0], "--set", "cluster.address=127.0.0.1:1", cwd=story.directory
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Everything was there already" in done.stdout
+    assert "to train it:" in done.stdout
+    again = run_cli("report", story.done["run"], cwd=story.directory)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(page.read_text()) == pytest.approx(len(before), abs=200)
+
+
+def test_a_space_without_anything_feasible_is_a_config_error(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    done = run_cli(
+        "tune", *story.arguments, "--set", 'tune.space.schedule=["linear"]',
+        "--set", "tune.space.linear.beta_start=[0.5, 0.9]", cwd=story.directory,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "None of 200 proposals drawn from tune.space can be trained" in done.stderr
+
+
+@pytest.mark.slow
+def test_failed_trials_are_recorded_and_the_search_goes_on(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    done = run_cli(
+        "tune", *story.arguments, "--json", "--set", "tune.space.schedule=[]",
+        "--set", "tune.space.learning_rate=[1e25, 1e30]", "--set", "train.max_rewinds=0",
+        "--set", "tune.num_trials=3", cwd=story.directory, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads(done.stdout)["metrics"]["tune"]
+    assert metrics["counts"] == {"trials": 3, "finished": 1, "failed": 2}
+    assert metrics["recommended"] == 0
+    page = Path(json.loads(done.stdout)["search"]).read_text()
+    assert "<h2>Failed trials" in page
+
+
+@pytest.mark.slow
+def test_one_cpu_and_more_trials_than_it_holds(story: Story, run_cli: Callable[..., Any]) -> None:
+    done = run_cli(
+        "tune", story.arguments[0], "--json", "--set", "cluster.num_cpus=1",
+        "--set", "tune.num_trials=6", "--set", "tune.max_concurrent=5",
+        cwd=story.directory, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads(done.stdout)["metrics"]["tune"]
+    assert metrics["counts"]["trials"] == 6
+    assert metrics["cost"]["at_a_time"] == 1
+
+
+@pytest.mark.slow
+def test_run_with_a_search_trains_what_it_recommends(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    enabled = ("--set", "tune.enabled=true", "--set", "train.num_steps=60")
+    planned = run_cli("plan", *story.arguments, *enabled, cwd=story.directory)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    done = run_cli("run", *story.arguments, *enabled, "--json", cwd=story.directory, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [s["step"] for s in found["steps"]] == [
+        "preprocess", "features", "reference", "tune", "train", "evaluate", "promote", "report"
+    ]  # fmt: skip
+    assert found["metrics"]["evaluate"]["protocol"]["reference_split"] == "test"
+    record = json.loads((Path(found["report"]).parent / "run.json").read_text())
+    assert record["executions"][-1]["outcome"] == "done"
+    again = run_cli(
+        "run", story.arguments[0], *enabled, "--set", "cluster.address=127.0.0.1:1",
+        cwd=story.directory,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Everything was there already" in again.stdout
