@@ -17,6 +17,7 @@ import safetensors.torch
 
 from diffusion_core import CHUNK
 from pipeline.checkpoints import Row, to_lines
+from pipeline.cluster import place_tasks
 from pipeline.dataset import class_counts, read_dataset
 from pipeline.drawing import draw_chunk
 from pipeline.errors import DataError, EvaluationError
@@ -277,7 +278,8 @@ class RayTask:
         """Has it start as soon as a CPU is free."""
         import ray
 
-        task = ray.remote(num_cpus=1, max_retries=1)(score_weights)
+        place, _ = place_tasks()
+        task: Any = ray.remote(num_cpus=1, max_retries=1, **place)(score_weights)
         self._handle = task.remote(storage_uri, config_json, inputs, path)
 
     def is_done(self) -> bool:

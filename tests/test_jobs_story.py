@@ -26,7 +26,7 @@ from pipeline.storage import LocalStorage
 
 from .conftest import ROOT, cli_program
 
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 
 @dataclass
