@@ -58,6 +58,8 @@ class Head:
 
         import psutil  # isort: skip  # pyright: ignore[reportMissingModuleSource]
 
+        if self.process.poll() is not None:
+            return
         processes = [psutil.Process(self.process.pid)]
         processes += processes[0].children(recursive=True)
         for process in processes:
@@ -147,7 +149,7 @@ def ray_head() -> Iterator[Head]:
         assert process.poll() is None, log.read_text()
         yield head
     finally:
-        process.terminate()  # it ends those that it started
+        head.kill()  # in order, Ray takes half a minute
         process.wait(timeout=DEADLINE_S)
         shutil.rmtree(temp, ignore_errors=True)
 
