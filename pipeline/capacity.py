@@ -7,7 +7,7 @@ the moment is noted: it will be free again.
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.cluster import Node, total
+from pipeline.cluster import CPU_POOL, Node, nodes_for_tasks, total
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config
 from pipeline.steps import WHOLE_CLUSTER, make_steps
@@ -79,20 +79,23 @@ def check_tasks(
     Raises:
         ClusterError: no node offers a CPU, so that no task could ever start.
     """
-    capacity = total(nodes)
+    capacity = total(nodes_for_tasks(nodes))
+    of_pool = f"of the pool {CPU_POOL} " if any(n.pool == CPU_POOL for n in nodes) else ""
     if not capacity.cpus:
         raise ClusterError(
             f"The tasks of preprocessing, features and evaluation need 1 CPU each, and no node "
-            f"offers one ({list_nodes(nodes)}). Start nodes with CPUs: `ray start --num-cpus`."
+            f"{of_pool}offers one ({list_nodes(nodes)}). Start nodes with CPUs: `ray start "
+            "--num-cpus`."
         )
     if free is not None and free.cpus < 1:
         return Note(f"all {capacity.cpus} CPUs are in use just now: tasks wait until some are free")
     every = "the CPU" if capacity.cpus == 1 else f"all {capacity.cpus} CPUs"
+    every = f"{every} {of_pool}".rstrip()
     detail = f"preprocessing, the reference and evaluation use {every}"
     if not trains:
         return detail
     training, others = _beside_training(config)
-    left = max(0, capacity.cpus - training.cpus)
+    left = max(0, total(nodes).cpus - training.cpus)
     for step in others:
         place = "beside" if step.resources.cpus <= left else "before or after"
         detail += f"; {step.name} runs {place} training, which leaves {count_of(left, 'CPU')}"

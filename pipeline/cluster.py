@@ -25,6 +25,8 @@ from pipeline.settings import Config
 from pipeline.workflow import Resources
 
 PACKAGES = ("diffusion_core", "pipeline", "jobs")
+POOL_LABEL = "raydiffusion/pool"  # of a node, given when Ray is started there
+CPU_POOL = "cpu"  # where tasks run that ask for no GPU
 CONNECT_TIMEOUT_S = 10
 MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107  # bytes
 
@@ -70,6 +72,7 @@ class Node:
     address: str = "this machine"
     object_store_bytes: int = 0
     temp: str = ""  # where Ray's session is
+    pool: str = ""  # its label
 
 
 def local_nodes(config: Config) -> list[Node] | None:
@@ -203,6 +206,7 @@ def _read_node(node: dict[str, Any]) -> Node:
         address=node["NodeManagerAddress"],
         object_store_bytes=int(resources.get("object_store_memory", 0)),
         temp=str(Path(node["RayletSocketName"]).parents[2]),  # <temp>/session_*/sockets/raylet
+        pool=node.get("Labels", {}).get(POOL_LABEL, ""),
     )
 
 
@@ -217,6 +221,24 @@ def free_now() -> Resources:
 def total(nodes: Sequence[Node]) -> Resources:
     """The whole cluster's resources."""
     return Resources(cpus=sum(n.cpus for n in nodes), gpus=sum(n.gpus for n in nodes))
+
+
+def nodes_for_tasks(nodes: Sequence[Node]) -> list[Node]:
+    """Where tasks run that ask for no GPU: on the pool for them, if there is one, else anywhere."""
+    return [node for node in nodes if node.pool == CPU_POOL] or list(nodes)
+
+
+def place_tasks() -> tuple[dict[str, Any], list[int]]:
+    """Ray's options for tasks that ask for no GPU, and the CPUs of each node they may run on.
+
+    Training needs no such option: its GPUs are where they are.
+    """
+    import ray
+
+    nodes = nodes_for_tasks(_alive_nodes(ray))
+    has_pool = bool(nodes) and nodes[0].pool == CPU_POOL
+    options = {"label_selector": {POOL_LABEL: CPU_POOL}} if has_pool else {}
+    return options, [node.cpus for node in nodes]
 
 
 def _local_gpus() -> int:

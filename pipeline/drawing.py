@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusion_core import CHUNK
+from pipeline.cluster import place_tasks
 from pipeline.dataset import open_split
 from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.extractors import extract, load_extractor
@@ -75,8 +76,11 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
         if not storage.exists(_path(context.directory, series.name, first))
     ]
     before = done = total - sum(_count(series, first) for series, first in left)
-    kind = "GPU" if config.evaluate.use_gpu else "CPU"
-    slots = int(ray.cluster_resources().get(kind, 0))
+    if config.evaluate.use_gpu:
+        kind, place, slots = "GPU", {}, int(ray.cluster_resources().get("GPU", 0))
+    else:
+        place, cpus = place_tasks()
+        kind, slots = "CPU", sum(cpus)
     if not slots:
         raise ClusterError(
             f"Samples are drawn on {kind}s, one for each task, and the cluster has none. Set "
@@ -84,7 +88,8 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
         )
     groups = _deal(left, TASKS_PER_SLOT * slots)
     num_gpus = 1 if config.evaluate.use_gpu else 0
-    task: Any = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=TASK_RETRIES)(_draw_chunks)
+    options = {"num_cpus": 1, "num_gpus": num_gpus, "max_retries": TASK_RETRIES, **place}
+    task: Any = ray.remote(**options)(_draw_chunks)
     started = time.monotonic()
     context.progress(done, total, "samples")
     arguments = (storage.uri, config.model_dump_json(), json.dumps(context.inputs["features"]))

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.torch
 
 from pipeline.checkpoints import Row, to_lines
+from pipeline.cluster import place_tasks
 from pipeline.dataset import class_counts, read_dataset
 from pipeline.drawing import iter_drawn
 from pipeline.errors import DataError, EvaluationError
@@ -275,7 +276,8 @@ class RayTask:
         """Has it start as soon as a CPU is free."""
         import ray
 
-        task = ray.remote(num_cpus=1, max_retries=1)(score_weights)
+        place, _ = place_tasks()
+        task: Any = ray.remote(num_cpus=1, max_retries=1, **place)(score_weights)
         self._handle = task.remote(storage_uri, config_json, inputs, path)
 
     def is_done(self) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from pipeline.cluster import place_tasks
 from pipeline.convert import begin_shard
 from pipeline.dataset import check_document, make_document
 from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError
@@ -101,7 +102,7 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
     options.enable_progress_bars = False
     options.print_on_execution_start = False
     options.target_max_block_size = 1  # a row is sent when it is made: progress is by the shard
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    place, cpus = place_tasks()
     groups = _group(missing, sum(cpus))
     # More than one thread only where there are fewer tasks than CPUs.
     threads = max(1, min(sum(cpus) // len(groups), max(cpus, default=1)))
@@ -119,7 +120,9 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         with warnings.catch_warnings():  # max_retries goes in Ray 2.64; without it, for ever
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = dataset.flat_map(_run_task, num_cpus=threads, max_retries=TASK_RETRIES)
+            dataset = dataset.flat_map(
+                _run_task, num_cpus=threads, max_retries=TASK_RETRIES, **place
+            )
         for row in dataset.iter_rows():
             if row["error"]:
                 raise ERRORS[row["kind"]](row["error"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from pipeline.cluster import place_tasks
 from pipeline.dataset import read_dataset
 from pipeline.feature_cache import FeatureCache, FeatureFile, list_files, make_features
 from pipeline.features import check_counts
@@ -146,11 +147,11 @@ def _run_tasks(context: StepContext, cache: FeatureCache, missing: Sequence[Feat
     """One Ray task for a few files, on all CPUs; progress is by the files that are there."""
     import ray
 
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    task = ray.remote(num_cpus=1)(make_features)
+    place, cpus = place_tasks()
+    task: Any = ray.remote(num_cpus=1, **place)(make_features)
     uri, features = context.storage.uri, dict(context.inputs["features"])
     cache_bytes = context.config.data.cache_bytes
-    groups = group_files(missing, cpus)
+    groups = group_files(missing, sum(cpus))
     pending = [task.remote(uri, features, group, cache_bytes) for group in groups]
     progress = _Progress(context, missing)
     with own_errors(pending):

@@ -5,6 +5,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from pipeline.cluster import place_tasks
 from pipeline.errors import ClusterError
 from pipeline.workflow import Resources
 
@@ -20,7 +21,8 @@ def send_task(function: Any, resources: Resources, *args: Any) -> Any:
     """
     import ray
 
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(function)
+    place = {} if resources.gpus else place_tasks()[0]
+    task: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, **place)(function)
     reference = task.remote(*args)
     with own_errors():
         return ray.get(reference)

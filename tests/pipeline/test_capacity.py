@@ -3,7 +3,7 @@ import re
 import pytest
 
 from pipeline.capacity import Note, check_fid, check_tasks, check_workers, list_nodes
-from pipeline.cluster import Node
+from pipeline.cluster import Node, nodes_for_tasks
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config, DataConfig, TrainConfig
 from pipeline.workflow import Resources
@@ -110,3 +110,12 @@ def test_scores_beside_training_need_a_cpu_beside_the_workers() -> None:
 def test_equal_nodes_are_listed_together() -> None:
     assert list_nodes([SMALL]) == "1 node: 2 CPUs"
     assert list_nodes([GPU, HEAD, GPU]) == "3 nodes: 2 x 16 CPUs and 2 GPUs, 1 x 0 CPUs"
+
+
+def test_tasks_run_on_the_pool_for_them_where_there_is_one() -> None:
+    pool = Node(4, 0, pool="cpu")
+    assert nodes_for_tasks([HEAD, pool, GPU]) == [pool]
+    assert nodes_for_tasks([HEAD, SMALL, GPU]) == [HEAD, SMALL, GPU]
+    assert "use all 4 CPUs of the pool cpu" in check_tasks(config(), [HEAD, pool, GPU])
+    with pytest.raises(ClusterError, match="no node of the pool cpu offers one"):
+        check_tasks(config(), [Node(0, 0, pool="cpu"), GPU])

@@ -1,0 +1,123 @@
+"""The files for clusters, against what Ray and Kubernetes document.
+
+The schemas of KubeRay's resources are not in this repository: what is checked here is what a
+typing error would break, and that the parts agree.
+"""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.cluster import CPU_POOL, POOL_LABEL
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
+CLUSTER_FIELDS = {
+    "rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs",
+}  # fmt: skip
+JOB_FIELDS = {
+    "entrypoint", "submissionMode", "backoffLimit", "submitterConfig", "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished", "rayClusterSpec",
+}  # fmt: skip
+CRON_FIELDS = {
+    "schedule", "timeZone", "concurrencyPolicy", "startingDeadlineSeconds", "jobTemplate",
+    "successfulJobsHistoryLimit", "failedJobsHistoryLimit",
+}  # fmt: skip
+CONTAINER_FIELDS = {
+    "name", "image", "command", "env", "envFrom", "ports", "resources", "volumeMounts",
+}  # fmt: skip
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((DEPLOY / name).read_text())
+
+
+def cluster_specs() -> list[dict[str, Any]]:
+    return [read("raycluster.yaml")["spec"], read("rayjob.yaml")["spec"]["rayClusterSpec"]]
+
+
+def check_pod(template: dict[str, Any]) -> dict[str, Any]:
+    """The one container of a pod, all of whose mounts have a volume."""
+    spec = template["spec"]
+    (container,) = spec["containers"]
+    assert container.keys() <= CONTAINER_FIELDS
+    volumes = {volume["name"] for volume in spec.get("volumes", [])}
+    assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
+    return container
+
+
+@pytest.mark.parametrize("spec", cluster_specs(), ids=["raycluster", "rayjob"])
+def test_clusters_have_a_head_without_cpus_and_two_pools(spec: dict[str, Any]) -> None:
+    assert spec.keys() == CLUSTER_FIELDS
+    assert spec["rayVersion"] == "2.60.0"
+    assert spec["authOptions"] == {"mode": "token"}
+    head = spec["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    ports = {port["name"]: port["containerPort"] for port in check_pod(head["template"])["ports"]}
+    assert ports["dashboard"] == 8265
+    cpu, gpu = spec["workerGroupSpecs"]
+    assert cpu["labels"] == {POOL_LABEL: CPU_POOL}
+    assert gpu["labels"] == {POOL_LABEL: "gpu"}
+    for group in (cpu, gpu):
+        assert "labels" not in group["rayStartParams"]  # KubeRay refuses them there
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        limits = check_pod(group["template"])["resources"]["limits"]
+        assert ("nvidia.com/gpu" in limits) == (group is gpu)
+
+
+def test_both_clusters_are_the_same_but_for_the_config() -> None:
+    cluster, of_job = cluster_specs()
+    container = of_job["headGroupSpec"]["template"]["spec"]["containers"][0]
+    del container["volumeMounts"], of_job["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert of_job == cluster
+
+
+def test_the_job_and_the_schedule_run_verbs_that_there_are() -> None:
+    job, cron = read("rayjob.yaml"), read("retrain-cronjob.yaml")
+    assert (job["apiVersion"], job["kind"], job["spec"].keys()) == (
+        "ray.io/v1",
+        "RayJob",
+        JOB_FIELDS,
+    )
+    assert shlex.split(job["spec"]["entrypoint"])[:2] == ["raydiffusion", "run"]
+    assert (cron["apiVersion"], cron["kind"]) == ("batch/v1", "CronJob")
+    assert cron["spec"].keys() == CRON_FIELDS
+    assert cron["spec"]["concurrencyPolicy"] == "Forbid"
+    assert re.fullmatch(r"(\S+ ){4}\S+", cron["spec"]["schedule"])
+    template = cron["spec"]["jobTemplate"]["spec"]["template"]
+    assert template["spec"]["restartPolicy"] == "Never"
+    container = check_pod(template)
+    assert container["command"][:3] == ["raydiffusion", "submit", "retrain"]
+    name = read("raycluster.yaml")["metadata"]["name"]
+    environment = {variable["name"]: variable for variable in container["env"]}
+    assert environment["RAY_API_SERVER_ADDRESS"]["value"] == f"http://{name}-head-svc:8265"
+    secret = environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert secret == {"name": name, "key": "auth_token"}  # as KubeRay makes it
+
+
+def test_the_image_is_made_of_what_is_there_and_pinned() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert re.search(r"^FROM python:3\.11-", text, re.M)
+    assert "--constraint constraints.txt" in text
+    copied = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.M) for word in line.split()]
+    assert {"pyproject.toml", "diffusion_core", "pipeline", "jobs"} <= set(copied)
+    let_in = re.findall(r"^!(.+)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.M)
+    assert sorted(copied) == sorted(let_in)
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version is not None
+    images = re.findall(r"image: (\S+)", "".join(p.read_text() for p in DEPLOY.glob("*.yaml")))
+    assert set(images) == {f"raydiffusion:{version[1]}"}
+
+
+def test_the_pools_of_cluster_yaml_are_labelled() -> None:
+    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["cpu"]["labels"] == {POOL_LABEL: CPU_POOL}
+    assert "GPU" not in types["cpu"]["resources"]
+    assert types["gpu"]["resources"]["GPU"] >= 1
+    assert min(types["cpu"]["min_workers"], types["gpu"]["min_workers"]) >= 1
