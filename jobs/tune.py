@@ -31,6 +31,8 @@ def show_search(console: Console, metrics: Mapping[str, Any], target: str) -> No
     name = "the config as it is" if number == 0 else f"trial {number:04d}"
     if verdict["kind"] == "best":
         said = f"{name} is best, beyond the spread over seeds"
+    elif verdict["kind"] == "unopposed":
+        said = f"only {name} was trained to the end, so there is nothing to compare"
     else:
         tied = ", ".join("as configured" if n == 0 else f"{n:04d}" for n in verdict["tied"])
         said = f"not distinguishable within the spread over seeds: {tied}; recommended: {name}"

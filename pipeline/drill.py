@@ -178,6 +178,7 @@ def shorten(config: Config, kind: Kind, num_steps: int, root: str) -> Config:
         update={
             "storage": config.storage.model_copy(update={"root": root}),
             "train": config.train.model_copy(update=train),
+            "tune": config.tune.model_copy(update={"enabled": False}),
             "cluster": config.cluster.model_copy(update={"address": None}),
         }
     )

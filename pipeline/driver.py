@@ -195,6 +195,11 @@ def run_config(
     if "tune" in targets and (faults := config.faults_of_tune()):
         raise ConfigError("\n  ".join([f"{config.name} cannot be tuned:", *faults]))
     planned = make_plan(config, targets, subject=subject, on_hash=on_hash)
+    if planned.searches and torchrun_world() is not None:
+        raise ConfigError(
+            "Under torchrun nothing is searched, and tune.enabled asks for a search that is not "
+            "done. Run `raydiffusion tune` without torchrun first, or set tune.enabled = false."
+        )
     notes: list[str] = []
     if not planned.is_cached:
         notes = require(before_ray(config, planned.storage, trains=planned.trains))

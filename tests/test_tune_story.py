@@ -209,6 +209,23 @@ def test_one_cpu_and_more_trials_than_it_holds(story: Story, run_cli: Callable[.
 
 
 @pytest.mark.slow
+def test_trials_of_two_workers_train_through_ray_train(
+    story: Story, run_cli: Callable[..., Any]
+) -> None:
+    done = run_cli(
+        "tune", *story.arguments, "--json", "--set", "train.num_workers=2",
+        "--set", "tune.num_trials=2", "--set", "train.seed=7", cwd=story.directory, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads(done.stdout)["metrics"]["tune"]
+    assert metrics["counts"]["trials"] == 2
+    assert metrics["counts"]["finished"] >= 1
+    assert metrics["cost"]["at_a_time"] == 1
+    assert list((story.directory / "runs").glob("steps/trial/*/verdicts/*")) == []
+    assert list((story.directory / "runs").glob("steps/trial/*/ray")) == []
+
+
+@pytest.mark.slow
 def test_run_with_a_search_trains_what_it_recommends(
     story: Story, run_cli: Callable[..., Any]
 ) -> None:

@@ -63,7 +63,9 @@ def frechet_distance(real: FeatureSums, generated: FeatureSums) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric: Any = FrechetInceptionDistance(feature=_OfWidth(len(real.total)))
+    # The sums are whole: one rank alone may ask, which must not wait for the others.
+    width = _OfWidth(len(real.total))
+    metric: Any = FrechetInceptionDistance(feature=width, sync_on_compute=False)
     for side, sums in (("real", real), ("fake", generated)):
         setattr(metric, f"{side}_features_sum", torch.from_numpy(sums.total))
         setattr(metric, f"{side}_features_cov_sum", torch.from_numpy(sums.outer))

@@ -160,8 +160,8 @@ class _Experiment:
         count, queue = len(waiting), list(waiting)
         if queue:
             self.context.note(
-                f"{len(finalists)} finalists are trained again, with "
-                f"{self.config.tune.num_seeds} seeds each"
+                f"trained again, with {self.config.tune.num_seeds} other seeds each: "
+                + ", ".join("as configured" if e.number == 0 else e.name for e in finalists)
             )
         self._run(
             lambda: queue.pop(0) if queue else None, on_end, count, [self.config.trial_steps], {}
@@ -288,6 +288,8 @@ def summarise(document: Mapping[str, Any]) -> str:
     score = f"{document['metric']} {means[number]['mean']:.4g} ± {means[number]['std']:.2g}"
     if verdict["kind"] == "best":
         return f"best beyond the spread of {means[number]['count']} seeds: {name} ({score})"
+    if verdict["kind"] == "unopposed":
+        return f"only {name} was trained to the end, so there is nothing to compare ({score})"
     tied = ", ".join("as configured" if n == 0 else f"{n:04d}" for n in verdict["tied"])
     return (
         f"not distinguishable within the spread over seeds: {tied}; recommended: {name} ({score})"

@@ -130,7 +130,7 @@ def _bundles(config: Config) -> Any:
     from ray import tune
 
     train = config.train
-    worker: dict[str, float] = {"CPU": train.cpus_per_worker} | (
+    worker: dict[str, float] = {"CPU": float(train.cpus_per_worker)} | (
         {"GPU": 1} if train.use_gpu else {}
     )
     if train.max_workers == 1:

@@ -37,14 +37,14 @@ class Verdict:
     """What the seeds allow to be said; JSON.
 
     Args:
-        kind: one finalist is best, or several cannot be told apart.
+        kind: one finalist is best, several cannot be told apart, or there is only one.
         recommended: the finalist to use.
         lowest: the finalist with the lowest mean.
         tied: those that cannot be told from the lowest, with it.
         intervals: by finalist, of its mean minus the lowest one's.
     """
 
-    kind: Literal["best", "not distinguishable"]
+    kind: Literal["best", "not distinguishable", "unopposed"]
     recommended: int
     lowest: int
     tied: Sequence[int]
@@ -73,7 +73,9 @@ def judge(scores: Mapping[int, Sequence[float]], default: int = 0) -> Verdict:
     level = 1 - (1 - LEVEL) / max(1, len(others))
     intervals = {number: welch_interval(scores[number], scores[lowest], level) for number in others}
     tied = [lowest, *(number for number in others if intervals[number][0] <= 0)]
-    if others and len(tied) == 1:  # one that has nobody to beat is not best
+    if not others:  # who has nobody to beat is not best
+        return Verdict("unopposed", lowest, lowest, tied, intervals)
+    if len(tied) == 1:
         return Verdict("best", lowest, lowest, tied, intervals)
     recommended = default if default in tied else lowest
     return Verdict("not distinguishable", recommended, lowest, tied, intervals)

@@ -112,8 +112,13 @@ def train_rank(
         if rank == 0:
             score = stack.enter_context(open_score(config, storage, inputs))
             store = TrialStore(storage, directory)
+            scorer = make_scorer(config, store, score, rungs)
+
+            def score_rung(step: int, model: torch.nn.Module) -> None:
+                scorer(step, model)
+
             hooks = Hooks(
-                on_fid=make_scorer(config, store, score, rungs),
+                on_fid=score_rung,
                 goes_on=goes_on,
                 wants_checkpoint=wants_checkpoint,
             )

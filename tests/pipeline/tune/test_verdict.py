@@ -76,7 +76,7 @@ def test_a_single_seed_tells_nothing_apart() -> None:
 
 def test_who_has_nobody_to_beat_is_not_called_best() -> None:
     verdict = judge({0: [5.1, 5.2]})
-    assert (verdict.kind, verdict.recommended, verdict.tied) == ("not distinguishable", 0, [0])
+    assert (verdict.kind, verdict.recommended, verdict.tied) == ("unopposed", 0, [0])
 
 
 def test_equals_are_rarely_called_different() -> None:
