@@ -35,10 +35,12 @@ def printed(show: Any, shown: Any) -> str:
     return out.getvalue()
 
 
-def compared(*records: dict[str, Any], is_beyond_chance: bool | None = False) -> str:
-    difference = records[1]["value"] - records[0]["value"]
-    names = ("one", "two")
-    return printed(show_comparison, Comparison(names, records, difference, is_beyond_chance))
+def compared(
+    first: dict[str, Any], second: dict[str, Any], *, is_beyond_chance: bool | None = False
+) -> str:
+    difference = second["value"] - first["value"]
+    comparison = Comparison(("one", "two"), (first, second), difference, is_beyond_chance)
+    return printed(show_comparison, comparison)
 
 
 def test_a_score_stands_with_floor_ceiling_and_all_others() -> None:
