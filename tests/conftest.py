@@ -32,7 +32,8 @@ from pipeline.storage import Storage, hash_content, size_of_content
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
 
-OWN_RAY = {"test_local_ray.py", "test_preprocess_story.py"}  # their tests start Ray themselves
+# Modules whose tests start Ray themselves.
+OWN_RAY = {"test_local_ray.py", "test_preprocess_story.py", "test_jobs_story.py"}
 TINY = """
 name = "tiny"
 [data]
