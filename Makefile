@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/raydiffusion run examples/digits/digits.toml
 
 test: lint
-	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	$(PYTEST) -m slow

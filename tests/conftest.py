@@ -1,5 +1,6 @@
 """Fixtures, named by what they start or make."""
 
+import functools
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ import s3fs
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from PIL import Image
 from werkzeug.serving import make_server
+from xdist.scheduler import LoadFileScheduling
 
 from pipeline.shards import write_arrow
 from pipeline.storage import Storage, hash_content, size_of_content
@@ -66,18 +68,32 @@ num_steps = 10
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side run modules, whose fixtures are shared; those with Ray are one group, the first.
+@functools.cache
+def needs_ray(path: Path) -> bool:
+    """Whether tests of a module start Ray, or use the one of the test run."""
+    return path.name in OWN_RAY or "ray_cluster" in path.read_text()
 
-    So there is one Ray at a time, and what takes longest does not begin last.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with Ray come first: side by side, what takes longest must not begin last."""
+    slow = {path: needs_ray(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: not slow[item.path])
+
+
+class ByModule(LoadFileScheduling):
+    """Side by side run modules, whose fixtures are shared; those with Ray are one of them.
+
+    So there is one Ray at a time.
     """
 
-    def needs_ray(item: pytest.Item) -> bool:
-        return "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.name in OWN_RAY
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.partition("::")[0]
+        return "ray" if needs_ray(ROOT / name) else name
 
-    items.sort(key=lambda item: not needs_ray(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray(item) else str(item.path)))
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByModule:
+    """What deals tests out with `-n`."""
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
