@@ -203,6 +203,8 @@ def _draw_chunks(
     """One task: draws chunks and writes each; yields how many samples each has."""
     storage, config = open_storage(storage_uri), Config.model_validate_json(config_json)
     keep_freed_memory()
+    # On GPUs, convolutions in full precision, as those of the reference are on CPUs.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with torch_threads(1):
         extractor = _load_extractor(storage_uri, features_json, _device(config))
         for series, first in jobs:

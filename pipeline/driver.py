@@ -289,7 +289,7 @@ def find_subject(
         from pipeline.given_images import check_images
 
         check_images(shards, config.data)
-    return GivenImages(data.sources, shards)
+    return GivenImages(data.sources, shards, converts)
 
 
 def _tell(notes: Sequence[str], observer: Observer) -> None:

@@ -54,7 +54,8 @@ def draw_pictures(
             pictures["denoising"] = _denoise_one(context, network)
             for k in range(min(PAIRS, len(real) // 2)):
                 pair = slice(2 * k, 2 * k + 2)
-                strip = _interpolate(network, real[pair], labels[pair], seed=k)
+                clips = config.evaluate.clip_x_start
+                strip = _interpolate(network, real[pair], labels[pair], seed=k, clips=clips)
                 pictures[f"interpolation-{k}"] = strip
     return pictures
 
@@ -93,7 +94,9 @@ def _denoise_one(context: StepContext, network: Network) -> np.ndarray:
     return np.stack(states)
 
 
-def _interpolate(network: Network, pair: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+def _interpolate(
+    network: Network, pair: np.ndarray, labels: np.ndarray, *, seed: int, clips: bool
+) -> np.ndarray:
     """From one real item to another: both ends as they are, and what lies between.
 
     A network that is told the class is told that of the nearer end.
@@ -112,6 +115,7 @@ def _interpolate(network: Network, pair: np.ndarray, labels: np.ndarray, seed: i
         weight=weights,
         noise=noise.expand(len(weights), *x.shape[1:]),
         num_steps=min(INTERPOLATION_STEPS, t + 1),
+        clip_x_start=clips,
         class_labels=nearer if is_told else None,
     )
     return np.concatenate([pair[:1], _from_x(between, pair.dtype), pair[1:]])

@@ -132,9 +132,12 @@ def compare_records(names: tuple[str, str], records: Sequence[Mapping[str, Any]]
         )
     ours, theirs = (record.get("unbiased") for record in records)
     is_apart = None
-    if ours and theirs:
-        is_apart = ours["high"] < theirs["low"] or theirs["high"] < ours["low"]
-    return Comparison(names, (first, second), second["value"] - first["value"], is_apart)
+    difference = second["value"] - first["value"]
+    if ours and theirs:  # and on the side that the scores themselves are on
+        below = theirs if difference < 0 else ours
+        above = ours if difference < 0 else theirs
+        is_apart = below["high"] < above["low"]
+    return Comparison(names, (first, second), difference, is_apart)
 
 
 def _shown(value: Any) -> str:

@@ -16,10 +16,11 @@ import safetensors.numpy
 
 from pipeline.cluster import place_tasks
 from pipeline.dataset import read_dataset
+from pipeline.errors import StorageError
 from pipeline.feature_cache import FeatureCache, FeatureFile, list_files, make_features
 from pipeline.features import check_counts
 from pipeline.scores.frechet import FeatureSums, sum_features
-from pipeline.storage import Storage, damaged
+from pipeline.storage import Storage
 from pipeline.tasks import own_errors, share_out
 from pipeline.units import SPLITS, STORAGE_THREADS
 from pipeline.workflow import StepContext, read_artifact
@@ -56,7 +57,10 @@ def measure_reference(context: StepContext) -> dict[str, Any]:
         for file in files:
             of_file = cache.read(file)
             if of_file is None:
-                raise damaged(context.storage, cache.path_of(file))
+                raise StorageError(
+                    f"The features in {context.storage.uri}/{cache.path_of(file)} are gone or "
+                    "damaged. Run the same command again: they are made anew."
+                )
             if file.excluded:
                 of_file = np.delete(of_file, file.excluded, axis=0)
             writers[file.split].add(of_file)

@@ -102,7 +102,7 @@ def make_steps(
             settings = {**evaluate.settings, **mirrored, "model_key": key}
             evaluate = replace(evaluate, settings=settings, inputs=evaluated)
             return [*steps, evaluate, _evaluation_page(evaluate, f"{config.name}: model {key[:8]}")]
-        case GivenImages(sources=sources, shards=given):
+        case GivenImages(sources=sources, shards=given, converts=converts):
             images = Step(
                 name="images",
                 version=1,
@@ -111,7 +111,8 @@ def make_steps(
                 | {"sources": list(sources)},
                 resources=WHOLE_CLUSTER,
             )
-            settings = {**evaluate.settings, **mirrored}
+            converted = {"converts": True} if converts else {}
+            settings = {**evaluate.settings, **mirrored, **converted}
             evaluate = replace(evaluate, settings=settings, inputs=(*evaluated, "images"))
             title = f"{config.name}: {', '.join(sources)}"
             return [*steps, images, evaluate, _evaluation_page(evaluate, title)]

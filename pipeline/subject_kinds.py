@@ -16,10 +16,17 @@ class GivenModel:
 
 @dataclass(frozen=True)
 class GivenImages:
-    """Images in place of samples: where they are, and the shards they make."""
+    """Images in place of samples.
+
+    Args:
+        sources: where they are.
+        shards: that they make.
+        converts: whether they may be brought to the data set's size and colours.
+    """
 
     sources: tuple[str, ...]
     shards: tuple[InputShard, ...]
+    converts: bool = False
 
 
 Subject = GivenModel | GivenImages

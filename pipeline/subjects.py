@@ -96,7 +96,8 @@ def find_source(context: StepContext) -> Source:
 def sampling_of(context: StepContext) -> dict[str, Any]:
     """How the samples of the step `evaluate` are made, for the protocol."""
     if "images" in context.inputs:
-        return OF_IMAGES
+        converts = context.planned.step.settings.get("converts", False)
+        return OF_IMAGES | {"converts": converts}
     if (key := context.planned.step.settings.get("model_key")) is not None:
         weights = _read_document(context.storage, key).weights
         return sampling_protocol(context.config, weights="ema" if "ema" in weights else "model")

@@ -33,8 +33,7 @@ def own_errors(running: Sequence[Any] = ()) -> Iterator[None]:
     """Raises what a task raised as itself, and takes back those that need not go on then.
 
     Args:
-        running: references to the tasks that are not done; may change meanwhile. Ray may crash
-            when one that is done is taken back.
+        running: references to the tasks that are not done; may change meanwhile.
 
     Raises:
         Exception: what a task raised.
@@ -53,8 +52,12 @@ def own_errors(running: Sequence[Any] = ()) -> Iterator[None]:
             "see that nodes have enough memory and run the same command again."
         ) from error
     finally:
-        for left_over in running:
-            ray.cancel(left_over)
+        if running:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                # Ray's core worker may abort when a task that is done is taken back.
+                _, left_over = ray.wait(list(running), num_returns=len(running), timeout=0)
+                for task in left_over:
+                    ray.cancel(task)
 
 
 def share_out(

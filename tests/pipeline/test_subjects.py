@@ -12,9 +12,11 @@ from pipeline.driver import make_plan
 from pipeline.errors import DataError
 from pipeline.exchange import import_checkpoint, load_model_folder
 from pipeline.settings import Config
+from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
-from pipeline.subject_kinds import GivenModel
-from pipeline.subjects import Source, import_model, load_network
+from pipeline.subject_kinds import GivenImages, GivenModel
+from pipeline.subjects import Source, import_model, load_network, sampling_of
+from pipeline.workflow import StepContext, plan
 
 FIXTURES = Path(__file__).resolve().parent.parent / "diffusion_core" / "fixtures"
 
@@ -125,3 +127,17 @@ def test_a_copy_that_is_damaged_is_said(
     path.write_text(json.dumps(document))
     with pytest.raises(DataError, match="is damaged: its weights are not of the network"):
         load_network(storage, config, Source("model", key=key))
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_images_that_were_converted_are_scored_by_a_protocol_of_their_own(
+    tiny_config: Path, tmp_path: Path, converts: bool
+) -> None:
+    config = config_of(tiny_config)
+    steps = make_steps(config, [], subject=GivenImages(("x",), (), converts))
+    planned = {p.step.name: p for p in plan(steps, LocalStorage(str(tmp_path)))}
+    context = StepContext(
+        config, LocalStorage(str(tmp_path)), planned["evaluate"], {"images": {}}, lambda event: None
+    )
+    assert sampling_of(context)["converts"] is converts
+    assert ("converts" in planned["evaluate"].step.settings) is converts
