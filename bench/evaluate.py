@@ -104,6 +104,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         ray.shutdown()
     bare = [max(pair) for pair in zip(rates["bare_processes"], rates["bare_threads"], strict=True)]
 
+    if not 0.95 <= FLOPS["ours"] / FLOPS["diffusers"] <= 1.05:
+        raise SystemExit(f"the networks are not of equal FLOPs: {FLOPS}")
+
     def ratio(ours: list[float], theirs: list[float]) -> float:
         return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
