@@ -12,14 +12,16 @@ In the project's environment; `--peers` is the interpreter of one with diffusers
 `sampling_vs_diffusers`  images a second of our sampler in one process over diffusers' DDIMPipeline
                          with a network of as many FLOPs (within 5%), in the same environment and
                          with the same threads; `step_vs_diffusers` is that of the whole step.
-`features_vs_bare`       items a second of `extract` over those of the extractor's forward passes on
-                         the same batches, one thread.
+`features_vs_bare`       items a second of the reference's task, from Arrow files on disk to
+                         features on disk, over those of the extractor's forward passes on the same
+                         items in memory, one thread; `extract_vs_bare` is without the disk.
 
 Fashion-MNIST's shape, 1x16x16, chunks of 64, DDIM-50. The last line is one JSON object. What it
 does not show: GPUs, larger images, several nodes.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -38,12 +40,14 @@ import torch
 from machine import hardware
 
 from pipeline.config import load_config
-from pipeline.driver import run_config
-from pipeline.extractors import extract
+from pipeline.dataset import open_split, read_dataset
+from pipeline.driver import make_plan, run_config
+from pipeline.extractors import extract, load_extractor
 from pipeline.extractors.loading import BATCH
-from pipeline.extractors.small import SmallNetwork
+from pipeline.feature_cache import FeatureCache, list_files, make_features
 from pipeline.host import torch_threads
-from pipeline.workflow import Event
+from pipeline.storage import open_storage
+from pipeline.workflow import Event, read_manifest
 
 BENCH = Path(__file__).resolve().parent
 SPEED = BENCH / "train_speed.toml"
@@ -95,7 +99,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                 "bare_threads": bare_rate(sys.executable, processes=1),
                 "ours": bare_rate(arguments.peers, processes=1),
                 "diffusers": bare_rate(arguments.peers, processes=1, side="diffusers"),
-                **feature_rates(),
+                **feature_rates(work),
             }
             for name, rate in found.items():
                 rates.setdefault(name, []).append(rate)
@@ -113,7 +117,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "sampling_vs_diffusers": ratio(rates["ours"], rates["diffusers"]),
         "sampling_vs_bare": ratio(rates["step"], bare),
-        "features_vs_bare": ratio(rates["extract"], rates["extract_bare"]),
+        "features_vs_bare": ratio(rates["features"], rates["extract_bare"]),
+        "extract_vs_bare": ratio(rates["extract"], rates["extract_bare"]),
         "flops_vs_diffusers": round(FLOPS["ours"] / FLOPS["diffusers"], 3),
         "step_vs_diffusers": ratio(rates["step"], rates["diffusers"]),
         "items_per_s": {name: round(statistics.median(r), 1) for name, r in rates.items()},
@@ -176,15 +181,33 @@ def bare_rate(interpreter: str, *, processes: int, side: str = "ours") -> float:
 
 
 @torch.inference_mode()
-def feature_rates() -> dict[str, float]:
-    """Images a second of `extract`, and of the extractor's forward passes alone."""
-    extractor = SmallNetwork(1, 16, 10).eval()
-    images = np.random.default_rng(0).integers(0, 256, (40 * BATCH, 1, 16, 16), np.uint8)
+def feature_rates(work: Path) -> dict[str, float]:
+    """Of the test split: the reference's task, `extract`, and forward passes alone."""
+    storage = open_storage(str(work / "root"))
+    config = load_config(SPEED, settings(work, BATCH))
+    manifests = {
+        p.step.name: read_manifest(storage, p.step.name, p.key)
+        for p in make_plan(config, ("reference",)).steps
+    }
+    data, features = manifests["preprocess"], manifests["features"]
+    assert data is not None
+    assert features is not None
+    document, cache = read_dataset(storage, data), FeatureCache(storage, features)
+    files = [file for file in list_files(document) if file.split == "test"]
+    with contextlib.closing(
+        open_split(storage, data, "test", whole=True, cache_bytes=config.data.cache_bytes)
+    ) as split:
+        images = split.gather(np.arange(len(split)))
+    extractor = load_extractor(storage, features)
     rates = {}
     with torch_threads(1):
-        for name in ("extract_bare", "extract", "extract_bare", "extract"):
+        for name in ("extract_bare", "extract", "features") * 2:
+            for file in files if name == "features" else ():
+                storage.delete(cache.path_of(file))
             started = time.perf_counter()
-            if name == "extract":
+            if name == "features":
+                make_features(storage.uri, features, files, config.data.cache_bytes)
+            elif name == "extract":
                 extract(extractor, images)
             else:
                 for start in range(0, len(images), BATCH):

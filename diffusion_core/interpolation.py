@@ -20,6 +20,7 @@ def interpolate(
     num_steps: int | None = None,
     clip_x_start: bool = True,
     class_labels: Int64[Tensor, " batch"] | None = None,
+    guidance_scale: float = 1.0,
 ) -> Float[Tensor, "batch ..."]:
     """Images between two: both noised to t with one noise, mixed, and denoised with DDIM.
 
@@ -34,6 +35,7 @@ def interpolate(
         num_steps: of DDIM, evenly spaced from t to 0; all t + 1 of them when not given.
         clip_x_start: as in `sample_ddim`.
         class_labels: of each image between, for a network that is told the class.
+        guidance_scale: as in `sample_ddim`.
 
     Raises:
         ValueError: t, weight or num_steps out of range.
@@ -66,4 +68,5 @@ def interpolate(
         timesteps=steps,
         clip_x_start=clip_x_start,
         class_labels=class_labels,
+        guidance_scale=guidance_scale,
     )

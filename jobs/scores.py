@@ -69,14 +69,14 @@ def _rows(score: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         value = f"{show_number(found['value'])} [{ends}]"
         reference = "held fixed" if found["is_reference_fixed"] else "a sample too"
         meaning = f"with infinitely many samples, {found['level']:.0%}, reference {reference}"
-        rows.append(("without bias", value, meaning))
+        rows.append((found["metric"], value, meaning))
     if (found := score["kid"]) is not None:
         rows.append((found["metric"], f"{found['value']:.4g} +- {found['error']:.2g}", ""))
     if (found := score["inception_score"]) is not None:
         rows.append((found["metric"], f"{found['value']:.2f}", "higher is better"))
     if (found := score["precision_recall"]) is not None:
         value = f"{found['precision']:.3f}, {found['recall']:.3f}"
-        rows.append(("precision, recall", value, f"of {found['count']:,} each"))
+        rows.append((", ".join(found["metrics"]), value, f"of {found['count']:,} each"))
     if (found := score["copies"]) is not None:
         meaning = f"of held-out images {found['held_out_share']:.1%}"
         if found["is_memorising"]:

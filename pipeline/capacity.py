@@ -137,6 +137,24 @@ def check_fid(config: Config, nodes: Sequence[Node], under_torchrun: bool = Fals
     return f"a score beside training needs 1 CPU; {takes}: {left} left"
 
 
+def check_drawing(nodes: Sequence[Node]) -> str:
+    """Whether samples that are to be drawn on GPUs find one.
+
+    Args:
+        nodes: that are alive.
+
+    Raises:
+        ClusterError: no node has a GPU.
+    """
+    gpus = total(nodes).gpus
+    if not gpus:
+        raise ClusterError(
+            "evaluate.use_gpu draws samples on GPUs, one for each task, and the cluster has none "
+            f"({list_nodes(nodes)}). Set evaluate.use_gpu = false, or use a cluster that has some."
+        )
+    return f"samples are drawn on {count_of(gpus, 'GPU')}"
+
+
 def list_nodes(nodes: Sequence[Node]) -> str:
     """Nodes in words, equal ones together: "3 nodes: 2 x 16 CPUs and 1 GPU, 1 x 0 CPUs"."""
     kinds = Counter(

@@ -24,7 +24,7 @@ from pipeline.cluster import place_tasks
 from pipeline.dataset import open_split
 from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.extractors import extract, load_extractor
-from pipeline.host import keep_freed_memory, torch_threads
+from pipeline.host import full_precision, keep_freed_memory, torch_threads
 from pipeline.sampling import quantise, sample_items, spread_labels
 from pipeline.settings import Config, EvaluateConfig
 from pipeline.storage import Storage, open_storage
@@ -81,10 +81,10 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
     else:
         place, cpus = place_tasks()
         kind, slots = "CPU", sum(cpus)
-    if not slots:
+    if not slots:  # those that there were before are gone
         raise ClusterError(
-            f"Samples are drawn on {kind}s, one for each task, and the cluster has none. Set "
-            f"evaluate.use_gpu = {str(kind == 'CPU').lower()}, or use a cluster that has some."
+            f"Samples are drawn on {kind}s, one for each task, and the cluster has none now. Run "
+            "the same command again when nodes are back."
         )
     groups = _deal(left, TASKS_PER_SLOT * slots)
     num_gpus = 1 if config.evaluate.use_gpu else 0
@@ -139,6 +139,7 @@ def chunk_directory(directory: str) -> str:
     return f"{directory}/chunks"
 
 
+@torch.inference_mode()
 def draw_chunk(
     config: Config,
     network: Network,
@@ -161,10 +162,10 @@ def draw_chunk(
     x = sample_items(
         config, network.model, numbers, diffusion=network.diffusion, class_labels=labels
     )
-    if not bool(torch.isfinite(x).all()):
+    if num_bad := int((~torch.isfinite(x).flatten(1).all(1)).sum()):
         raise EvaluationError(
-            f"Samples {numbers[0]} to {numbers[-1]} hold values that are not finite. Train again "
-            "with a lower train.learning_rate, or evaluate another checkpoint."
+            f"{num_bad} of the samples {numbers[0]} to {numbers[-1]} hold values that are not "
+            "finite. Train again with a lower train.learning_rate, or evaluate another checkpoint."
         )
     items = x.cpu().numpy() if config.data.is_sequence else quantise(x)
     return items, extract(extractor, items)
@@ -203,10 +204,8 @@ def _draw_chunks(
     """One task: draws chunks and writes each; yields how many samples each has."""
     storage, config = open_storage(storage_uri), Config.model_validate_json(config_json)
     keep_freed_memory()
-    # On GPUs, convolutions in full precision, as those of the reference are on CPUs.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    with torch_threads(1):
-        extractor = _load_extractor(storage_uri, features_json, _device(config))
+    with torch_threads(1), full_precision():  # as the reference
+        extractor = _load_extractor(storage_uri, features_json, device_of(config))
         for series, first in jobs:
             path, count = _path(directory, series.name, first), _count(series, first)
             if not storage.exists(path):  # else an earlier attempt of this task drew it
@@ -262,8 +261,7 @@ def _logits(extractor: nn.Module, features: np.ndarray) -> dict[str, np.ndarray]
 def _load_network(storage_uri: str, config_json: str, source_json: str) -> Network:
     config = Config.model_validate_json(config_json)
     network = load_network(open_storage(storage_uri), config, Source(**json.loads(source_json)))
-    network.model.to(_device(config))
-    return network
+    return network.to(device_of(config))
 
 
 @functools.lru_cache(maxsize=1)
@@ -271,7 +269,8 @@ def _load_extractor(storage_uri: str, features_json: str, device: str) -> nn.Mod
     return load_extractor(open_storage(storage_uri), json.loads(features_json)).to(device)
 
 
-def _device(config: Config) -> str:
+def device_of(config: Config) -> str:
+    """Where tasks draw samples."""
     return "cuda" if config.evaluate.use_gpu else "cpu"
 
 

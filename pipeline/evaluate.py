@@ -118,10 +118,16 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
         "value": distance(generated),
         "floor": distance(floor),
         "ceiling": None,
-        "unbiased": _interval(sums if is_fixed else real, generated),
+        "unbiased": _interval(
+            score_name("fid_unbiased", features), sums if is_fixed else real, generated
+        ),
         "kid": _kid(score_name("kid", features), real, generated),
         "inception_score": None,
-        "precision_recall": found and asdict(found),
+        "precision_recall": found
+        and {
+            "metrics": [score_name(name, features) for name in ("precision", "recall")],
+            **asdict(found),
+        },
         "degenerate": asdict(seen.degenerate),
         "sweeps": None,
         "protocol": make_protocol(
@@ -134,9 +140,9 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
         ),
     }
     if (count := settings.sweep_samples) is not None and len(series) > 1:
-        few = few_samples(min(count, sums.count), generated.shape[1])
+        few_swept = few_samples(min(count, sums.count), generated.shape[1])
         record["sweeps"] = {
-            "metric": score_name("fid", features) + few,
+            "metric": score_name("fid", features) + few_swept,
             "num_samples": count,
             "values": _sweeps(series, lambda s: distance(read_all(context, s, "features"))),
         }
@@ -144,7 +150,7 @@ def _score(context: StepContext, series: Mapping[str, Series], seen: Gallery) ->
         record["ceiling"] = distance(read_all(context, series["untrained"], "features"))
     if features["metrics"]["classifies"]:
         logits = read_all(context, series["samples"], "logits")
-        name = score_name("inception_score", features)
+        name = score_name("inception_score", features) + few
         record["inception_score"] = {"metric": name, "value": inception_score(logits)}
     return record
 
@@ -180,11 +186,11 @@ def summarise(score: Mapping[str, Any]) -> str:
     return text
 
 
-def _interval(reference: np.ndarray | FeatureSums, generated: np.ndarray) -> dict[str, Any] | None:
-    interval = unbiased_distance(reference, generated)
-    if interval is None:
-        return None
-    return asdict(interval) | {"level": LEVEL}
+def _interval(
+    name: str, reference: np.ndarray | FeatureSums, generated: np.ndarray
+) -> dict[str, Any] | None:
+    found = unbiased_distance(reference, generated)
+    return None if found is None else {"metric": name, **asdict(found), "level": LEVEL}
 
 
 def _kid(name: str, real: np.ndarray, generated: np.ndarray) -> dict[str, Any] | None:

@@ -23,7 +23,10 @@ def make_extractor(context: StepContext) -> dict[str, Any]:
     """
     config, data = context.config, context.inputs["preprocess"]
     features = config.features
-    check_counts(config, data["metrics"]["counts"])
+    num_samples = None
+    if "images" in context.inputs:  # that are scored in place of samples
+        num_samples = context.inputs["images"]["metrics"]["counts"]["train"]
+    check_counts(config, data["metrics"]["counts"], num_samples=num_samples)
     if features.is_trained and not data["metrics"]["counts"]["validation"]:
         raise DataError(
             f"The extractor {features.extractor} is judged on the validation split, which has no "

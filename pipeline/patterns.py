@@ -24,7 +24,17 @@ from pipeline.storage import Storage
 
 INFO_THREADS = 8
 _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-_OF_THE_ROOT = ("cache", "features", "models", "probes", "runs", "steps")  # what it holds
+_OF_THE_ROOT = (  # what it holds
+    "cache",
+    "features",
+    "garbage",
+    "models",
+    "models-elsewhere",
+    "probes",
+    "runs",
+    "schedules",
+    "steps",
+)
 
 
 def match(pattern: str, storage: Storage) -> list[InputFile]:

@@ -1,6 +1,7 @@
 """What a report shows of a model beside its scores, as uint8 images or float32 sequences."""
 
 import contextlib
+import json
 
 import numpy as np
 import torch
@@ -9,10 +10,15 @@ from torch import Tensor
 from diffusion_core import interpolate, make_image_noise
 from pipeline.copy_search import Copies
 from pipeline.dataset import open_split
+from pipeline.drawing import device_of
 from pipeline.gallery import SHOWN, Gallery, spread_evenly
+from pipeline.host import full_precision, torch_threads
 from pipeline.sampling import quantise, sample_items, spread_labels
+from pipeline.settings import Config
+from pipeline.storage import open_storage
 from pipeline.subjects import Network, Source, load_network
-from pipeline.workflow import StepContext
+from pipeline.tasks import send_task
+from pipeline.workflow import Resources, StepContext
 
 STRIP_LENGTH = 10
 REFERENCE_SPLIT = "test"
@@ -48,30 +54,51 @@ def draw_pictures(
         pictures["copied"] = copies.samples
         pictures["neighbours"] = copies.neighbours
     if source.kind != "images":
-        network = load_network(context.storage, config, source)
-        with torch.inference_mode():
-            pictures["noising"] = _noise_one(network, real[0])
-            pictures["denoising"] = _denoise_one(context, network)
-            for k in range(min(PAIRS, len(real) // 2)):
-                pair = slice(2 * k, 2 * k + 2)
-                clips = config.evaluate.clip_x_start
-                strip = _interpolate(network, real[pair], labels[pair], seed=k, clips=clips)
-                pictures[f"interpolation-{k}"] = strip
+        pictures |= send_task(
+            _draw_strips,
+            Resources(cpus=1, gpus=int(config.evaluate.use_gpu)),
+            context.storage.uri,
+            config.model_dump_json(),
+            source.to_json(),
+            real[: 2 * PAIRS],
+            labels[: 2 * PAIRS],
+        )
     return pictures
+
+
+@torch.inference_mode()
+def _draw_strips(
+    storage_uri: str, config_json: str, source_json: str, real: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """A task: what the network makes of pairs of real items, and of noise."""
+    storage, config = open_storage(storage_uri), Config.model_validate_json(config_json)
+    network = load_network(storage, config, Source(**json.loads(source_json)))
+    network.to(device_of(config))
+    with torch_threads(1), full_precision():
+        strips = {
+            "noising": _noise_one(network, real[0]),
+            "denoising": _denoise_one(config, network),
+        }
+        for k in range(len(real) // 2):
+            pair = slice(2 * k, 2 * k + 2)
+            strip = _interpolate(config, network, real[pair], labels[pair], seed=k)
+            strips[f"interpolation-{k}"] = strip
+    return strips
 
 
 def _noise_one(network: Network, item: np.ndarray) -> np.ndarray:
     """An item at evenly spaced timesteps of the forward process, with one noise."""
     diffusion = network.diffusion
     t = torch.linspace(0, diffusion.num_train_timesteps - 1, STRIP_LENGTH).round().long()
-    x_start = _to_x(item[None]).expand(STRIP_LENGTH, *item.shape)
-    noise, _ = make_image_noise(item.shape, [0])
+    t = t.to(network.device)
+    x_start = _to_x(item[None]).to(network.device).expand(STRIP_LENGTH, *item.shape)
+    noise = make_image_noise(item.shape, [0])[0].to(network.device)
     return _from_x(diffusion.q_sample(x_start, t, noise.expand_as(x_start)), item.dtype)
 
 
-def _denoise_one(context: StepContext, network: Network) -> np.ndarray:
+def _denoise_one(config: Config, network: Network) -> np.ndarray:
     """The first sample on its way from noise."""
-    config, num_steps = context.config, context.config.evaluate.num_steps
+    num_steps = config.evaluate.num_steps
     labels = None
     if network.counts is not None:
         labels = spread_labels(network.counts, range(1), config.evaluate.num_samples)
@@ -95,14 +122,14 @@ def _denoise_one(context: StepContext, network: Network) -> np.ndarray:
 
 
 def _interpolate(
-    network: Network, pair: np.ndarray, labels: np.ndarray, *, seed: int, clips: bool
+    config: Config, network: Network, pair: np.ndarray, labels: np.ndarray, *, seed: int
 ) -> np.ndarray:
     """From one real item to another: both ends as they are, and what lies between.
 
     A network that is told the class is told that of the nearer end.
     """
-    x = _to_x(pair)
-    noise, _ = make_image_noise(pair.shape[1:], [seed])
+    x = _to_x(pair).to(network.device)
+    noise = make_image_noise(pair.shape[1:], [seed])[0].to(network.device)
     t = int(INTERPOLATED_AT * network.diffusion.num_train_timesteps)
     weights = torch.linspace(0, 1, STRIP_LENGTH - 2)
     nearer = torch.from_numpy(labels)[(weights > 0.5).long()]
@@ -115,8 +142,9 @@ def _interpolate(
         weight=weights,
         noise=noise.expand(len(weights), *x.shape[1:]),
         num_steps=min(INTERPOLATION_STEPS, t + 1),
-        clip_x_start=clips,
-        class_labels=nearer if is_told else None,
+        clip_x_start=config.evaluate.clip_x_start,
+        class_labels=nearer.to(network.device) if is_told else None,
+        guidance_scale=config.evaluate.guidance_scale if is_told else 1.0,
     )
     return np.concatenate([pair[:1], _from_x(between, pair.dtype), pair[1:]])
 

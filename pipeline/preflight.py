@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.capacity import Note, check_fid, check_tasks, check_workers, list_nodes
+from pipeline.capacity import Note, check_drawing, check_fid, check_tasks, check_workers, list_nodes
 from pipeline.cluster import Node, connect, free_now, local_nodes, max_temp_length, ray_environment
 from pipeline.errors import ClusterError, ConfigError, DataError, RaydiffusionError, StorageError
 from pipeline.identities import InputFile
@@ -75,25 +75,34 @@ def examine(config: Config) -> Iterator[Check]:
     """All checks, for a run that does everything, as `doctor` wants them; starts or joins Ray."""
     storage = open_storage(config.storage.root)
     yield _check("input", _check_input, config, storage)
-    yield from before_ray(config, storage, trains=True)
+    yield from before_ray(config, storage, trains=True, draws=True)
     try:
         with connect(config) as nodes:
             way = f"joined at {config.cluster.address}" if config.cluster.address else "started"
             yield Check("cluster", "ok", f"Ray was {way}; {list_nodes(nodes)}")
             yield from on_cluster(
-                config, storage, nodes, trains=True, reads_input=True, opens_gpus=True
+                config,
+                storage,
+                nodes,
+                trains=True,
+                draws=True,
+                reads_input=True,
+                opens_gpus=True,
             )
     except ClusterError as error:  # of connecting: those of a check are in its result
         yield Check("cluster", "failed", str(error), error)
 
 
-def before_ray(config: Config, storage: Storage, *, trains: bool) -> Iterator[Check]:
+def before_ray(
+    config: Config, storage: Storage, *, trains: bool, draws: bool = False
+) -> Iterator[Check]:
     """The checks that need no Ray.
 
     Args:
         config: the whole config.
         storage: its root.
         trains: whether training will run, under Ray Train or torchrun.
+        draws: whether samples will be drawn.
     """
     yield _check("model", _check_model, config)
     yield _check("storage", _check_storage, storage)
@@ -105,7 +114,8 @@ def before_ray(config: Config, storage: Storage, *, trains: bool) -> Iterator[Ch
         if config.train.fid_every is not None:
             yield _check("fid", check_fid, config, [], True)
     if nodes is not None:
-        yield from _count_resources(config, nodes, None, trains and torchrun_world() is None)
+        trains = trains and torchrun_world() is None
+        yield from _count_resources(config, nodes, None, trains, draws)
 
 
 def on_cluster(
@@ -115,6 +125,7 @@ def on_cluster(
     *,
     trains: bool,
     reads_input: bool,
+    draws: bool = False,
     opens_gpus: bool = False,
 ) -> Iterator[Check]:
     """The checks that need a Ray that runs: whether every node can do its part.
@@ -128,13 +139,14 @@ def on_cluster(
         nodes: that are alive.
         trains: whether Ray Train's workers will be needed.
         reads_input: whether nodes will read the sources.
+        draws: whether samples will be drawn.
         opens_gpus: whether to open the GPUs of this machine, which takes a second or two.
     """
     is_alone = config.cluster.address is None and len(nodes) == 1
     if is_alone:
         facts = {nodes[0]: look(Question(temp=nodes[0].temp, imports_torch=trains))}
     else:
-        yield from _count_resources(config, nodes, free_now(), trains)
+        yield from _count_resources(config, nodes, free_now(), trains, draws)
         facts = yield from _ask_nodes(config, storage, nodes, trains, reads_input)
     yield _check("shared memory", check_shared_memory, config, facts, trains)
     if trains:
@@ -264,12 +276,14 @@ def _check_timeouts(expected: Mapping[str, str]) -> str:
 
 
 def _count_resources(
-    config: Config, nodes: Sequence[Node], free: Resources | None, trains: bool
+    config: Config, nodes: Sequence[Node], free: Resources | None, trains: bool, draws: bool
 ) -> Iterator[Check]:
     if trains:
         yield _check("workers", check_workers, config, nodes, free)
         if config.train.fid_every is not None:
             yield _check("fid", check_fid, config, nodes)
+    if draws and config.evaluate.use_gpu:
+        yield _check("samples", check_drawing, nodes)
     yield _check("tasks", check_tasks, config, nodes, free, trains)
 
 

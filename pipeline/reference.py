@@ -7,7 +7,7 @@ what no one has forwarded before. It holds them by split, in the order of the it
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -148,23 +148,51 @@ def _once(files: Sequence[FeatureFile]) -> list[FeatureFile]:
 
 
 def _run_tasks(context: StepContext, cache: FeatureCache, missing: Sequence[FeatureFile]) -> None:
-    """One Ray task for a few files, on all CPUs; progress is by the files that are there."""
+    """Forwards files; progress is by those that are there."""
+    progress = _Progress(context, missing)
+    forward(
+        context.storage,
+        context.inputs["features"],
+        missing,
+        context.config.data.cache_bytes,
+        on_look=lambda: progress.tell(cache.names()),
+    )
+
+
+def forward(
+    storage: Storage,
+    features: Mapping[str, Any],
+    files: Sequence[FeatureFile],
+    cache_bytes: int,
+    on_look: Callable[[], None] = lambda: None,
+) -> None:
+    """Makes the features of files: one Ray task for a few of them, on all CPUs.
+
+    Args:
+        storage: the root.
+        features: the manifest of the step `features`.
+        files: whose features are wanted.
+        cache_bytes: `data.cache_bytes`.
+        on_look: called now and then, and once more when all are done.
+
+    Raises:
+        EvaluationError: the extractor fails on the images.
+        StorageError: an Arrow file is missing or damaged.
+        ClusterError: Ray lost the work.
+    """
     import ray
 
     place, cpus = place_tasks()
     task: Any = ray.remote(num_cpus=1, **place)(make_features)
-    uri, features = context.storage.uri, dict(context.inputs["features"])
-    cache_bytes = context.config.data.cache_bytes
-    groups = group_files(missing, sum(cpus))
-    pending = [task.remote(uri, features, group, cache_bytes) for group in groups]
-    progress = _Progress(context, missing)
+    groups = group_files(files, sum(cpus))
+    pending = [task.remote(storage.uri, dict(features), group, cache_bytes) for group in groups]
     with own_errors(pending):
         while pending:
             ready, _ = ray.wait(pending, timeout=LOOK_EVERY_S)
             for done in ready:
                 pending.remove(done)
                 ray.get(done)
-            progress.tell(cache.names())
+            on_look()
 
 
 def group_files(files: Sequence[FeatureFile], num_cpus: int) -> list[list[FeatureFile]]:

@@ -114,7 +114,14 @@ def list_inputs(
     hashed = hash_files(list(used.values()), storage, read_remote=read_remote, on_hash=on_hash)
     known = {file.uri: file for file in hashed}
     shards = [replace(s, files=tuple(known[file.uri] for file in s.files)) for s in shards]
-    return Inputs(sorted(shards, key=lambda shard: shard.name), sorted(ignored))
+    left_out = set(data.leave_out)
+    used_shards = [shard for shard in shards if shard.sha256 not in left_out]
+    if left_out and not used_shards:
+        raise DataError(
+            "All input shards are named by data.leave_out. Give others in data.sources, or shorten "
+            "data.leave_out."
+        )
+    return Inputs(sorted(used_shards, key=lambda shard: shard.name), sorted(ignored))
 
 
 def find_first_files(data: DataConfig, storage: Storage) -> list[InputFile]:

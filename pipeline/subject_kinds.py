@@ -36,6 +36,7 @@ def data_of_images(config: Config, sources: Sequence[str]) -> DataConfig:
     """The data set's own transform, over other sources, with all items in one split."""
     changed = {
         "sources": tuple(sources),
+        "leave_out": (),
         "validation_fraction": 0.0,
         "test_fraction": 0.0,
         "include_labels": (),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
 
 from diffusion_core import Diffusion, UNet
 from pipeline.dataset import class_counts, read_dataset
@@ -42,6 +43,17 @@ class Network:
     model: UNet
     diffusion: Diffusion
     counts: dict[int, int] | None  # training images by label
+
+    def to(self, device: str) -> "Network":
+        """Itself, moved there."""
+        self.model.to(device)
+        self.diffusion.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,10 @@ def find_source(context: StepContext) -> Source:
         return Source("model", key=key, counts=counts, num_timesteps=num_timesteps)
     counts = None
     if context.config.model.class_conditional:
-        counts = _by_name(class_counts(read_dataset(storage, data), "train"))
+        known = context.inputs["train"]["metrics"].get("num_classes")
+        counts = _count_labels(storage, data, known)
+        if known is None:  # trained before it was kept
+            counts = _by_name(class_counts(read_dataset(storage, data), "train"))
     return Source(
         "training",
         manifest=context.inputs["train"],

@@ -7,41 +7,34 @@ Progress reaches the driver, and `status`, through `progress.json` in the storag
 
 import contextlib
 import gc
-import importlib
 import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
+import safetensors.torch
+
+from diffusion_core import UNet
 from pipeline import trace
 from pipeline.checkpoint_writer import Patience
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
 from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
-from pipeline.errors import (
-    ERRORS,
-    DataError,
-    EvaluationError,
-    RaydiffusionError,
-    StorageError,
-    TrainingError,
-)
+from pipeline.errors import ConfigError, DataError, StorageError, TrainingError
 from pipeline.fid_validation import Scorer, scores_beside
 from pipeline.fid_weights import WeightsHandover
 from pipeline.host import torch_threads
 from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
+from pipeline.ray_train import GROUP_TIMEOUT, fit_workers
 from pipeline.settings import NOISE_GROUP, Config
-from pipeline.storage import ObjectStorage, Storage, open_storage
+from pipeline.steps import START_TRAINING
+from pipeline.storage import Storage, open_storage
 from pipeline.torchrun import World, announce, await_settings, torchrun_world
 from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
-from pipeline.workflow import StepContext
-
-GROUP_TIMEOUT = timedelta(minutes=10)  # of an exchange between ranks: one that is gone is noticed
+from pipeline.workflow import StepContext, read_artifact, read_manifest
 
 
 def train(context: StepContext) -> dict[str, Any]:
@@ -55,6 +48,7 @@ def train(context: StepContext) -> dict[str, Any]:
         "storage": context.storage.uri,
         "directory": context.series_directory,
         "data": json.dumps(context.inputs["preprocess"]),
+        "start": _start_of(context),
         "started": time.time(),
         "watches_preemption": context.config.cluster.address is not None,
         "trace": os.environ.get(trace.VARIABLE),
@@ -98,7 +92,13 @@ def train(context: StepContext) -> dict[str, Any]:
 
 
 def train_in_process(
-    config: Config, storage: Storage, directory: str, data: dict[str, Any], **ranks: Any
+    config: Config,
+    storage: Storage,
+    directory: str,
+    data: dict[str, Any],
+    *,
+    start: Mapping[str, Any] | None = None,
+    **ranks: Any,
 ) -> list[Row]:
     """Runs the loop here, alone or as one rank of a process group that is already up.
 
@@ -107,6 +107,7 @@ def train_in_process(
         storage: the root.
         directory: of the checkpoints, below the root.
         data: the manifest of the step `preprocess`.
+        start: the manifest of the training whose EMA weights this one begins with; none: random.
         **ranks: `rank`, `world_size`, `device`, `hooks` of `train_loop`.
     """
     train, window = config.train, config.data.shuffle_window
@@ -133,7 +134,7 @@ def train_in_process(
         stack.enter_context(torch_threads(train.cpus_per_worker))
         return train_loop(
             train,
-            make_unet(config, train.seed, num_classes),
+            _begin(config, storage, num_classes, start),
             make_diffusion(config, num_classes),
             items,
             CheckpointStore(storage, directory, train.keep_every),
@@ -141,6 +142,43 @@ def train_in_process(
             shuffle_window=window,
             **ranks,
         )
+
+
+def _begin(
+    config: Config, storage: Storage, num_classes: int | None, start: Mapping[str, Any] | None
+) -> UNet:
+    """The network as training begins with it, where there is no checkpoint."""
+    model = make_unet(config, config.train.seed, num_classes)
+    if start is not None:
+        weights = safetensors.torch.load(read_artifact(storage, start, "ema.safetensors"))
+        own = model.state_dict()
+        other = [n for n in {**own, **weights} if _shape_of(own, n) != _shape_of(weights, n)]
+        if other:
+            raise ConfigError(
+                f"The training steps/train/{start['key']} has another network than the config: "
+                f"{other[0]} is {_shape_of(weights, other[0])} there and "
+                f'{_shape_of(own, other[0])} here. Set retrain.start = "scratch".'
+            )
+        model.load_state_dict(weights)
+    return model
+
+
+def _shape_of(weights: Mapping[str, Any], name: str) -> list[int] | None:
+    return list(weights[name].shape) if name in weights else None
+
+
+def _start_of(context: StepContext) -> str:
+    """The manifest of the training that this one begins with, or null: JSON, for the workers."""
+    key = context.planned.step.settings.get(START_TRAINING)
+    if key is None:
+        return "null"
+    manifest = read_manifest(context.storage, "train", key)
+    if manifest is None:
+        raise StorageError(
+            f"{context.storage.uri}/steps/train/{key} is gone, whose weights training begins with. "
+            'Bring it back from a copy, or set retrain.start = "scratch".'
+        )
+    return json.dumps(manifest)
 
 
 def _num_classes(config: Config, storage: Storage, data: Mapping[str, Any]) -> int | None:
@@ -206,26 +244,6 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
         _train_rank(settings, world.rank, world.world_size, device, lambda: False)
 
 
-def _train_worker(settings: dict[str, Any]) -> dict[str, str] | None:
-    """What each worker of Ray Train runs; an error that it would meet again is its result."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    module, _, name = settings.get("function", "pipeline.train:_train_rank").partition(":")
-    try:
-        getattr(importlib.import_module(module), name)(
-            settings,
-            context.get_world_rank(),
-            context.get_world_size(),
-            ray.train.torch.get_device(),
-            _is_preempted if settings["watches_preemption"] else lambda: False,
-        )
-    except (TrainingError, EvaluationError) as error:
-        return {"kind": type(error).__name__, "error": str(error)}
-    return None
-
-
 def _train_rank(
     settings: dict[str, Any],
     rank: int,
@@ -249,18 +267,12 @@ def _train_rank(
             storage,
             settings["directory"],
             json.loads(settings["data"]),
+            start=json.loads(settings["start"]),
             rank=rank,
             world_size=world_size,
             device=device,
             hooks=hooks,
         )
-
-
-def _is_preempted() -> bool:
-    """Whether a node of this training is about to be taken away; asked on every rank."""
-    import ray.train
-
-    return ray.train.get_preemption_info() is not None
 
 
 def _check_cache(
@@ -281,107 +293,6 @@ def most_groups(num_groups: int, on_node: int, world_size: int) -> int:
         world_size: ranks in all, among which shares are as equal as can be.
     """
     return min(num_groups, on_node * -(-num_groups // world_size))
-
-
-def fit_workers(config: Config, storage: Storage, directory: str, settings: dict[str, Any]) -> None:
-    """Trains with Ray Train's workers; returns when all are done.
-
-    Args:
-        config: the whole config.
-        storage: the root.
-        directory: of the training, below the root.
-        settings: that each worker gets; `function` names what it runs, as `module:name`, where that
-            is not the training of the step `train`.
-
-    Raises:
-        TrainingError: workers failed more often than `train.max_failures`.
-    """
-    import ray.train
-    from ray.train.torch import TorchConfig
-
-    train_config = config.train
-    # Ray's own records are of no use to us, and must not be found by a later attempt.
-    ray_directory = f"{directory}/ray"
-    storage.delete(ray_directory)
-    trainer = _make_trainer_class()(
-        _train_worker,
-        train_loop_config=settings,
-        torch_config=TorchConfig(
-            backend="nccl" if train_config.use_gpu else "gloo",
-            timeout_s=int(GROUP_TIMEOUT.total_seconds()),
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=train_config.num_workers,
-            use_gpu=train_config.use_gpu,
-            resources_per_worker={"CPU": train_config.cpus_per_worker}
-            | ({"GPU": 1} if train_config.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=uuid.uuid4().hex,
-            failure_config=ray.train.FailureConfig(
-                max_failures=train_config.max_failures, controller_failure_limit=3
-            ),
-            **ray_storage(storage, ray_directory),
-        ),
-    )
-    try:
-        result = trainer.fit()
-        if (failure := result.return_value) is not None:
-            raise ERRORS[failure["kind"]](failure["error"])
-    except ray.train.TrainingFailedError as error:
-        raise _explain(error) from error
-    finally:
-        with contextlib.suppress(RaydiffusionError):
-            storage.delete(ray_directory)
-
-
-def _make_trainer_class() -> Any:
-    """TorchTrainer without its placement-group cleaner; see docs/decisions/0002-ray-train.md.
-
-    The cleaner asks Ray's State API, which may not answer, and then holds up the end of every
-    fit() for 12 s. It guards against a controller that outlives its driver's placement group;
-    ours belongs to the driver and goes with it.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,
-    )
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()  # pyright: ignore
-            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
-
-    return Trainer
-
-
-def ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
-    """Where Ray may write its own records, as arguments of its RunConfig."""
-    path = f"{storage.uri}/{directory}"
-    if not isinstance(storage, ObjectStorage):
-        return {"storage_path": path}
-    import fsspec
-    import pyarrow.fs
-
-    filesystem, stripped = fsspec.core.url_to_fs(path)
-    handler = pyarrow.fs.FSSpecHandler(filesystem)
-    return {"storage_path": stripped, "storage_filesystem": pyarrow.fs.PyFileSystem(handler)}
-
-
-def _explain(error: Exception) -> RaydiffusionError:
-    """The user's error inside a worker's failure if there is one, else a TrainingError."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, RaydiffusionError):
-            return cause
-    rank, failure = next(iter(failures.items()), (None, error))
-    lines = [line for line in str(failure).strip().splitlines() if line.strip()]
-    where = f"on worker {rank} " if rank is not None else ""
-    return TrainingError(
-        f"Training failed {where}and its retries are used up: {lines[-1] if lines else failure!r}. "
-        "Checkpoints are kept; mend the cause and run the same command again."
-    )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Loading an extractor that the step `features` has kept, and running it over many items."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,8 @@ def extract(extractor: nn.Module, items: np.ndarray) -> np.ndarray:
         EvaluationError: what it returns are no features, or not finite.
     """
     name = getattr(extractor, "name", type(extractor).__name__)
-    device = next((w.device for w in extractor.parameters()), torch.device("cpu"))
+    tensors = itertools.chain(extractor.parameters(), extractor.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     num_features = int(getattr(extractor, "num_features", 0))
     found = np.empty((len(items), num_features), np.float32)
     for start in range(0, len(items), BATCH):

@@ -76,6 +76,7 @@ def _describe_evaluation(context: StepContext) -> dict[str, Any]:
         "inputs": inputs,
         "data": inputs["preprocess"]["metrics"],
         "features": inputs["features"]["metrics"],
+        "given": inputs["images"]["metrics"] if "images" in inputs else None,
         "timings": [(name, manifest["seconds"]) for name, manifest in inputs.items()],
         "versions": inputs["evaluate"]["versions"],
         "host": inputs["evaluate"]["host"],

@@ -1,4 +1,7 @@
-"""Samples that are broken in themselves: of one colour, black, or not made of numbers."""
+"""Samples that are broken in themselves: of one colour, or black.
+
+Those that are not made of numbers have no score at all: who draws them refuses them.
+"""
 
 from dataclasses import dataclass
 
@@ -12,14 +15,12 @@ class DegenerateCounts:
     count: int  # of all samples
     constant: int  # every channel has one value throughout
     black: int  # of these, those of zeros alone; always 0 for sequences, whose silence is constant
-    not_finite: int  # with NaN or an infinity, which uint8 cannot hold
 
     def __add__(self, other: "DegenerateCounts") -> "DegenerateCounts":
         return DegenerateCounts(
             self.count + other.count,
             self.constant + other.constant,
             self.black + other.black,
-            self.not_finite + other.not_finite,
         )
 
 
@@ -28,7 +29,4 @@ def count_degenerate(items: np.ndarray) -> DegenerateCounts:
     flat = items.reshape(*items.shape[:2], -1)
     is_constant = (flat.max(2) == flat.min(2)).all(1)
     is_black = ~flat.any((1, 2)) if items.dtype == np.uint8 else np.zeros(len(items), bool)
-    is_finite = np.isfinite(flat).all((1, 2))
-    return DegenerateCounts(
-        len(items), int(is_constant.sum()), int(is_black.sum()), int((~is_finite).sum())
-    )
+    return DegenerateCounts(len(items), int(is_constant.sum()), int(is_black.sum()))

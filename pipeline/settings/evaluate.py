@@ -37,9 +37,9 @@ class FeaturesConfig(Section):
         default=None, pattern=r"^[0-9a-f]{64}$", description="that the file of weights must have"
     )
     num_steps: Positive = Field(default=600, description="of training it, as what follows")
-    batch_size: Positive = 128
-    learning_rate: float = Field(default=3e-3, gt=0)
-    seed: Seed = 0
+    batch_size: Positive = Field(default=128, description="images of a step")
+    learning_rate: float = Field(default=3e-3, gt=0, description="of AdamW")
+    seed: Seed = Field(default=0, description="of its weights and batches")
 
     @property
     def is_trained(self) -> bool:
@@ -91,15 +91,21 @@ class FeaturesConfig(Section):
 class EvaluateConfig(Section):
     """The protocol of the score."""
 
-    num_samples: Positive = 1024
+    num_samples: Positive = Field(default=1024, description="that are scored")
     num_steps: Positive = Field(default=50, description="DDIM steps")
-    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    eta: float = Field(default=0.0, ge=0, le=1)
-    clip_x_start: bool = True
+    spacing: Literal["leading", "trailing", "linspace"] = Field(
+        default="trailing", description="of the sampler's timesteps"
+    )
+    eta: float = Field(
+        default=0.0, ge=0, le=1, description="noise put back at each step; 0 is none"
+    )
+    clip_x_start: bool = Field(
+        default=True, description="keep the guess of the clean image in [-1, 1]"
+    )
     guidance_scale: float = Field(
         default=1.0, ge=0, description="of a network that is told the class; 1 is no guidance"
     )
-    seed: Seed = 0
+    seed: Seed = Field(default=0, description="of the samples")
     allow_few_samples: bool = Field(
         default=False,
         description="score with fewer than 10 samples, or test images, a feature; the score's name "

@@ -17,14 +17,18 @@ def record(value: float = 12.0, **changes: Any) -> dict[str, Any]:
         "floor": 6.5,
         "ceiling": 228.2,
         "unbiased": {
-            "value": value - 5, "low": value - 8, "high": value - 2, "level": 0.95,
+            "metric": "fid_unbiased[classifier]", "value": value - 5,
+            "low": value - 8, "high": value - 2, "level": 0.95,
             "is_reference_fixed": True,
         },
         "kid": {"metric": "kid[classifier]", "value": 0.0123, "error": 0.001},
         "inception_score": {"metric": "inception_score[classifier]", "value": 8.765},
-        "precision_recall": {"precision": 0.912, "recall": 0.834, "count": 297},
+        "precision_recall": {
+            "metrics": ["precision[classifier]", "recall[classifier]"],
+            "precision": 0.912, "recall": 0.834, "count": 297,
+        },
         "copies": {"share": 0.031, "held_out_share": 0.029, "is_memorising": False},
-        "degenerate": {"count": 640, "constant": 0, "black": 0, "not_finite": 0},
+        "degenerate": {"count": 640, "constant": 0, "black": 0},
         **changes,
     }  # fmt: skip
 
@@ -50,11 +54,11 @@ def test_a_score_stands_with_floor_ceiling_and_all_others() -> None:
         "lower is better",
     ]  # fmt: skip
     assert lines[1:] == [
-        "  without bias 7.00 [4.00, 10.00]   with infinitely many samples, 95%, "
+        "  fid_unbiased[classifier] 7.00 [4.00, 10.00]   with infinitely many samples, 95%, "
         "reference held fixed",
         "  kid[classifier] 0.0123 +- 0.001",
         "  inception_score[classifier] 8.77   higher is better",
-        "  precision, recall 0.912, 0.834   of 297 each",
+        "  precision[classifier], recall[classifier] 0.912, 0.834   of 297 each",
         "  near-copies of training images 3.1%   of held-out images 2.9%",
     ]
 
@@ -71,7 +75,7 @@ def test_memorising_and_constant_samples_are_said() -> None:
         show_score,
         record(
             copies={"share": 0.3, "held_out_share": 0.02, "is_memorising": True},
-            degenerate={"count": 1024, "constant": 17, "black": 4, "not_finite": 0},
+            degenerate={"count": 1024, "constant": 17, "black": 4},
         ),
     )
     assert "30.0%   of held-out images 2.0%; it MEMORISES: more than chance allows" in text

@@ -155,7 +155,7 @@ def test_settings_of_a_series_count_and_not_those_of_the_config(
     assert read(storage, "two") != read(storage, "five")
 
 
-def test_samples_that_are_not_finite_are_named(
+def test_samples_that_are_not_finite_are_counted(
     run: Callable[..., list[int]],
     storage: LocalStorage,
     series: Series,
@@ -171,7 +171,7 @@ def test_samples_that_are_not_finite_are_named(
         return network
 
     monkeypatch.setattr(drawing, "load_network", load_broken)
-    with pytest.raises(EvaluationError, match="Samples 128 to 149 hold values that are not finite"):
+    with pytest.raises(EvaluationError, match="22 of the samples 128 to 149 hold values that"):
         run("d", [(series, 128)])
     assert read(storage, "d") == {}
 

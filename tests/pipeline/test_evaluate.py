@@ -15,7 +15,7 @@ from pipeline.subjects import Source
 RECORD: dict[str, Any] = {
     "metric": "fid[classifier]", "value": 51.694, "floor": 0.02311, "ceiling": 216.76,
     "unbiased": {"value": 49.15, "low": 38.01, "high": 60.28, "level": 0.95},
-    "degenerate": {"count": 128, "constant": 0, "black": 0, "not_finite": 0}, "copies": None,
+    "degenerate": {"count": 128, "constant": 0, "black": 0}, "copies": None,
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_a_score_in_one_line() -> None:
     assert summarise(RECORD) == (
         "fid[classifier] 51.69 (floor 0.0231, ceiling 216.76); without bias 49.15 [38.01, 60.28]"
     )
-    broken = {"count": 128, "constant": 5, "black": 2, "not_finite": 0}
+    broken = {"count": 128, "constant": 5, "black": 2}
     bad = RECORD | {"ceiling": None, "unbiased": None, "degenerate": broken,
                     "copies": {"is_memorising": True, "share": 0.061}}  # fmt: skip
     assert summarise(bad) == (

@@ -307,7 +307,7 @@ def test_weights_that_are_not_finite_have_no_score(training: Training) -> None:
     training.scorer.look()
     training.scorer.look()
     assert (
-        "at step 10 failed, training goes on: Samples 128 to 191 hold values" in training.notes[0]
+        "step 10 failed, training goes on: 64 of the samples 128 to 191 hold" in training.notes[0]
     )
     assert training.files("scores") == training.files("weights") == []
 

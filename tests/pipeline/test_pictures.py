@@ -25,9 +25,7 @@ RNG = np.random.default_rng(0)
 REAL = RNG.integers(0, 256, (10, 1, 8, 8), np.uint8)
 LABELS = [0, 1, 2, 2, 1, 0, 0, 1, 2, 0]
 SAMPLES = RNG.integers(0, 256, (64, 1, 8, 8), np.uint8)
-GALLERY = Gallery(
-    DegenerateCounts(64, 0, 0, 0), SAMPLES, SAMPLES, tuple(range(64)), {2: SAMPLES[:8]}
-)
+GALLERY = Gallery(DegenerateCounts(64, 0, 0), SAMPLES, SAMPLES, tuple(range(64)), {2: SAMPLES[:8]})
 
 
 @pytest.fixture
@@ -45,6 +43,7 @@ def context(
         return real_open(storage, data, "validation", **options)
 
     monkeypatch.setattr(pictures, "open_split", opened)
+    monkeypatch.setattr(pictures, "send_task", lambda function, resources, *args: function(*args))
     config = load_config(tiny_config, ["evaluate.num_steps=5"])
     storage = LocalStorage(str(tmp_path / "root"))
     items = np.concatenate([REAL, REAL])

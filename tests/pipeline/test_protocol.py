@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import load_config
+from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.protocol import FIELDS, compare_records, differences, read_record
 
@@ -78,3 +80,18 @@ def test_what_is_no_record_is_refused(tmp_path: Path, text: str | None, fault: s
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no run 'x'"):
         read_record("x", str(tmp_path))
+
+
+def test_a_config_whose_search_is_to_come_has_no_score_yet(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    root = f"storage.root={tmp_path / 'runs'}"
+    config = load_config(tiny_config, [root])
+    planned = make_plan(config, ("evaluate",))
+    step = planned.steps[-1]
+    manifest = {"step": "evaluate", "key": step.key, "metrics": record(3.0), "seconds": 1.0}
+    planned.storage.create(f"{step.directory}/manifest.json", json.dumps(manifest).encode())
+    assert read_record(str(tiny_config), "", [root])["value"] == 3.0
+    searching = [root, "tune.enabled=true", "tune.num_samples=64", "train.num_workers=1"]
+    with pytest.raises(ConfigError, match="is not evaluated: its config is what tune recommends"):
+        read_record(str(tiny_config), "", searching)

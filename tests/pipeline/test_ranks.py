@@ -143,7 +143,7 @@ def run_rank(
             if job.more_threads == rank:
                 changed = settings_of(changed, cpus_per_worker=2)
             storage = LocalStorage(root)
-            ranks = {"rank": rank, "world_size": world_size}
+            ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
             train_in_process(changed, storage, job.name, job.data, **ranks)
             BatchMaker.make = make
             dist.barrier()

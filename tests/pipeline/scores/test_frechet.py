@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torchmetrics.metric
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,3 +97,13 @@ def test_features_that_are_not_numbers_are_refused() -> None:
     features[[3, 8], 1] = np.nan, np.inf
     with pytest.raises(EvaluationError, match="2 of 200 items"):
         sum_features(features)
+
+
+def test_one_rank_of_many_computes_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("it waits for the other ranks, which do not come")
+
+    monkeypatch.setattr(torchmetrics.metric, "jit_distributed_available", lambda: True)
+    monkeypatch.setattr(torchmetrics.metric, "gather_all_tensors", never)
+    a, b = (sum_features(draw(seed)) for seed in (0, 3))
+    assert frechet_distance(a, b) > 0
