@@ -7,22 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.publish import training_command
+
 
 def as_typed(config: Path, overrides: Sequence[str]) -> str:
     """A config and its `--set` options as they can be typed into a shell."""
     given = [part for text in overrides for part in ("--set", text)]
     return shlex.join([str(config), *given])
-
-
-def command(metrics: Mapping[str, Any], target: str) -> str:
-    """The command that trains what a search recommends.
-
-    Args:
-        metrics: of the step `tune`.
-        target: the config with its options, as typed.
-    """
-    given = [part for text in metrics["overrides"] for part in ("--set", text)]
-    return f"raydiffusion run {target} {shlex.join([*given, '--set', 'tune.enabled=false'])}"
 
 
 def show_search(console: Console, metrics: Mapping[str, Any], target: str) -> None:
@@ -40,4 +31,5 @@ def show_search(console: Console, metrics: Mapping[str, Any], target: str) -> No
     for line in (f"search: {said}", f"{counts}, {metrics['cost']['images']:,} images"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print("to train it:", highlight=False)
-    console.print(f"  {command(metrics, target)}", highlight=False, markup=False, soft_wrap=True)
+    text = training_command(metrics["overrides"], target)
+    console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)

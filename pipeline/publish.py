@@ -1,7 +1,8 @@
 """Puts the pages of a run where the run is; the steps' own copies stay with the steps."""
 
 import html
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ConfigError
@@ -9,8 +10,19 @@ from pipeline.runs import read_run
 from pipeline.storage import Storage
 from pipeline.workflow import read_artifact, read_manifest
 
+UNKNOWN_TARGET = "CONFIG"  # in a command, where the path of the config is not known
 SEARCH_PAGE, SEARCH_FILES = "tune.html", ("tune.json", "trials.csv")
-PLACEHOLDER = "raydiffusion run CONFIG "  # in the step's page, which knows no path
+
+
+def training_command(overrides: Sequence[str], target: str = UNKNOWN_TARGET) -> str:
+    """The command that trains what a search recommends, as it can be typed into a shell.
+
+    Args:
+        overrides: of the recommended config.
+        target: the config and the options that the search was started with, as typed.
+    """
+    given = [part for text in (*overrides, "tune.enabled=false") for part in ("--set", text)]
+    return f"raydiffusion run {target} {shlex.join(given)}"
 
 
 def publish_report(storage: Storage, run: str, manifest: Mapping[str, Any], is_new: bool) -> str:
@@ -32,7 +44,8 @@ def publish_search(storage: Storage, run: str, manifest: Mapping[str, Any], targ
             they are not known.
     """
     page = read_artifact(storage, manifest, SEARCH_PAGE).decode()
-    page = page.replace(PLACEHOLDER, f"raydiffusion run {html.escape(target)} ")
+    unknown, known = (html.escape(f"raydiffusion run {x} ") for x in (UNKNOWN_TARGET, target))
+    page = page.replace(unknown, known)  # the step's own knows no path
     for name in SEARCH_FILES:
         storage.replace(f"runs/{run}/{name}", read_artifact(storage, manifest, name))
     storage.replace(f"runs/{run}/{SEARCH_PAGE}", page.encode())
@@ -55,4 +68,4 @@ def publish_again(storage: Storage, run: str) -> str:
             f"The run {run} has no finished search. Run `raydiffusion tune` with its config, or "
             "give a config to `report`."
         )
-    return publish_search(storage, run, manifest, document.get("target") or "CONFIG")
+    return publish_search(storage, run, manifest, document.get("target") or UNKNOWN_TARGET)

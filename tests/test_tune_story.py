@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -11,10 +12,15 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster import connect
 from pipeline.config import load_config, override_config
 from pipeline.driver import make_plan
+from pipeline.settings import SpaceConfig
 from pipeline.storage import LocalStorage
-from pipeline.tune.records import Records
+from pipeline.tune.planted import planted_trial, score_of_choice
+from pipeline.tune.proposer import Proposer
+from pipeline.tune.records import Entry, Records, Result
+from pipeline.tune.scheduling import run_trials
 
 from .conftest import DIGITS, TINY
 
@@ -247,3 +253,42 @@ def test_run_with_a_search_trains_what_it_recommends(
     )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Everything was there already" in again.stdout
+
+
+def test_a_planted_optimum_is_found_by_trials_of_ray_tune(
+    tmp_path: Path, ray_cluster: str, story: Story
+) -> None:
+    space = SpaceConfig.model_validate(
+        {"schedule": ("linear",), "linear": {"beta_start": (1e-6, 1e-3), "ratio": (2.0, 2000.0)}}
+    )
+    given = [
+        f"cluster.address={ray_cluster}",
+        f"storage.root={tmp_path / 'runs'}",
+        "tune.stopping=none",
+    ]
+    config = load_config(story.config_path, given)
+    proposer, scores = Proposer(space, "tpe", 0), []
+    numbers = iter(range(1, 25))
+
+    def source() -> Entry | None:
+        while (number := next(numbers, None)) is not None:
+            proposal = proposer.ask(number)
+            assert proposal is not None
+            if math.isfinite(score_of_choice(proposal.choice)):
+                return Entry(f"{number:04d}", number, proposal.choice, proposal.overrides, "k")
+            proposer.tell(number, None, {})
+        return None
+
+    def on_end(entry: Entry, result: Result) -> None:
+        assert result.value == score_of_choice(entry.choice)
+        scores.append(result.value)
+        proposer.tell(entry.number, result.value, result.by_images)
+
+    storage = LocalStorage(str(tmp_path / "runs"))
+    with connect(config):
+        run_trials(
+            config, storage, {}, Records(storage, "steps/tune/planted"), source, on_end,
+            count=24, at_a_time=2, rungs=[30], trainable=planted_trial,
+        )  # fmt: skip
+    assert len(scores) > 12
+    assert min(scores) < 0.01  # the optimum is 0.003, the median of random choices 0.05

@@ -4,10 +4,12 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from PIL import Image
@@ -16,6 +18,7 @@ from diffusion_core import NoiseSchedule
 from pipeline.scores import show_number
 
 INK, ACCENT, MUTED = "#1f2933", "#0b6e99", "#9aa5b1"
+COLOURS = (ACCENT, "#b35c00", "#3f7d20", "#7a3e9d")  # of protocols
 LEAST_SCORE = 1e-4  # on a log axis: rounding may make a score of nearly equal sets negative
 SWEPT = {"num_steps": "DDIM steps", "eta": "eta: noise put back at each step"}
 SMOOTHED_SHARE = 0.05  # of the curve that one point of the smoothed line averages
@@ -158,6 +161,56 @@ def score_scale(value: float, floor: float, ceiling: float | None, name: str) ->
         axes.annotate(label, (max(x, low), height), ha="center", color=colour, fontsize=10)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{name} (lower is better, log scale)")
+    return to_svg(figure)
+
+
+def score_history(
+    points: Sequence[tuple[float, float, int]],
+    reigns: Sequence[tuple[float, int, Mapping[int, float]]],
+    name: str,
+) -> str:
+    """The score of the champion over time, with those of all versions, as SVG.
+
+    Only scores under one protocol are joined; protocols are numbered from 0.
+
+    Args:
+        points: time (seconds since the epoch), score and protocol of each score there is.
+        reigns: when each champion became it, its number, and its scores by protocol, the oldest
+            first.
+        name: of the score.
+    """
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+
+    def at(seconds: float) -> float:
+        return float(date2num(datetime.fromtimestamp(seconds, UTC)))
+
+    protocols = sorted({protocol for _, _, protocol in points})
+    for protocol in protocols:
+        of_it = [(at(time), max(value, LEAST_SCORE)) for time, value, p in points if p == protocol]
+        colour = COLOURS[protocol % len(COLOURS)]
+        dots = {"markersize": 4, "color": colour, "alpha": 0.5, "label": f"protocol {protocol + 1}"}
+        axes.plot(*zip(*of_it, strict=True), "o", **dots)
+        for k, (since, number, scores) in enumerate(reigns):
+            if protocol not in scores:
+                continue
+            value = max(scores[protocol], LEAST_SCORE)
+            line = [(at(since), value)]
+            if k + 1 < len(reigns):
+                until, _, following = reigns[k + 1]
+                line.append((at(until), value))
+                if protocol in following:
+                    line.append((at(until), max(following[protocol], LEAST_SCORE)))
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.8)
+            axes.plot(*line[0], "o", markersize=8, color=colour)
+            axes.annotate(str(number), line[0], (6, 6), textcoords="offset points")
+    axes.set(ylabel=name)
+    axes.margins(x=0.05, y=0.15)
+    dates = AutoDateLocator(tz=UTC, minticks=3, maxticks=8)
+    axes.xaxis.set_major_locator(dates)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(dates, tz=UTC))
+    if len(protocols) > 1:
+        axes.legend(frameon=False)
     return to_svg(figure)
 
 

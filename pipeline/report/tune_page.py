@@ -14,6 +14,7 @@ import safetensors.numpy
 from diffusion_core import NoiseSchedule
 from pipeline.config import override_config
 from pipeline.models import make_diffusion
+from pipeline.publish import training_command
 from pipeline.report.page import render
 from pipeline.report.plots import draw_uri
 from pipeline.report.tune_plots import (
@@ -25,11 +26,9 @@ from pipeline.report.tune_plots import (
 )
 from pipeline.settings import Config
 from pipeline.storage import Storage
-from pipeline.tune.records import TrialStore
+from pipeline.tune.records import SEED, TrialStore
 
 COLUMNS, TILE_PX = 16, 40
-SEED = "-seed"
-CONFIG = "CONFIG"  # in a command, where the path of the config is not known
 
 
 def make_page(document: Mapping[str, Any], config: Config, storage: Storage) -> str:
@@ -66,22 +65,10 @@ def make_page(document: Mapping[str, Any], config: Config, storage: Storage) -> 
         parameters=score_by_parameter(scored, document["metric"]),
         parallel=parallel_coordinates(scored, document["metric"]),
         curves=learning_curves(scored, document["rungs"], document["metric"]),
-        grids=_draw_grids(ranked, by_number, document, storage),
-        command=command(document),
+        grids=_draw_grids(ranked, by_number[document["verdict"]["lowest"]], document, storage),
+        command=training_command(document["overrides"]),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
-
-
-def command(document: Mapping[str, Any], target: str = CONFIG) -> str:
-    """The command that trains what is recommended, as it can be typed into a shell.
-
-    Args:
-        document: `tune.json`.
-        target: the config and the options that the experiment was started with, quoted.
-    """
-    overrides = [*document["overrides"], "tune.enabled=false"]
-    given = " ".join(f"--set {shlex.quote(text)}" for text in overrides)
-    return f"raydiffusion run {target} {given}"
 
 
 def make_table(document: Mapping[str, Any]) -> str:
@@ -119,18 +106,20 @@ def _schedule(config: Config, overrides: list[str]) -> NoiseSchedule:
 
 def _draw_grids(
     ranked: list[dict[str, Any]],
-    by_number: Mapping[int, dict[str, Any]],
+    lowest: dict[str, Any],
     document: Mapping[str, Any],
     storage: Storage,
 ) -> list[tuple[str, str]]:
-    """Samples of the best, the default and the worst trained to the end, from the same noise."""
-    chosen = {"lowest score": ranked[0], "highest score": ranked[-1]}
-    if 0 in by_number and by_number[0]["outcome"] == "finished":
-        chosen = {"lowest score": ranked[0], "as configured": by_number[0], **chosen}
-        chosen = {key: chosen[key] for key in ("lowest score", "as configured", "highest score")}
+    """Samples of the best over seeds, the default and the worst, from the same noise.
+
+    None where the score is made without samples.
+    """
+    chosen = [("lowest mean over seeds", lowest)]
+    chosen += [("as configured", trial) for trial in ranked if trial["number"] == 0]
+    chosen += [("highest score of the search", ranked[-1])]
     drawn, seen = [], set()
-    for label, trial in chosen.items():
-        if trial["number"] in seen:
+    for label, trial in chosen:
+        if trial["number"] in seen or not trial["rungs"]:
             continue
         seen.add(trial["number"])
         last = trial["rungs"][-1]

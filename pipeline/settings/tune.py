@@ -60,8 +60,8 @@ class CosineSpace(Section):
 class SigmoidSpace(Section):
     """Ranges of `sigmoid`."""
 
-    start: Range = (-6.0, 0.0)
-    end: Range = (0.0, 6.0)
+    start: Range = Field(default=(-6.0, 0.0), description="where the sigmoid begins")
+    end: Range = Field(default=(0.0, 6.0), description="where it ends")
     tau: LogRange = Field(default=(0.3, 3.0), description="log-uniform")
 
 
@@ -85,9 +85,9 @@ class SpaceConfig(Section):
     cosine: CosineSpace = CosineSpace()
     sigmoid: SigmoidSpace = SigmoidSpace()
     sqrt: SqrtSpace = SqrtSpace()
-    objective: tuple[Objective, ...] = ()
-    weighting: tuple[Weighting, ...] = ()
-    zero_terminal_snr: tuple[bool, ...] = ()
+    objective: tuple[Objective, ...] = Field(default=(), description="to choose among")
+    weighting: tuple[Weighting, ...] = Field(default=(), description="to choose among")
+    zero_terminal_snr: tuple[bool, ...] = Field(default=(), description="to choose among")
     learning_rate: LogRange | None = Field(default=None, description="log-uniform")
 
     @model_validator(mode="after")
@@ -115,7 +115,9 @@ class TuneConfig(Section):
         default="fid", description="fid or bits_per_dim, both on the validation split"
     )
     num_trials: Positive = Field(default=16, description="with the config as it is, the first")
-    searcher: Literal["tpe", "random"] = "tpe"
+    searcher: Literal["tpe", "random"] = Field(
+        default="tpe", description="what proposes the next trial"
+    )
     stopping: Literal["asha", "none"] = Field(
         default="asha", description="whether trials that fall behind are ended early"
     )
@@ -144,7 +146,7 @@ class TuneConfig(Section):
     max_concurrent: Positive | None = Field(
         default=None, description="trials at a time; none: as many as the cluster holds"
     )
-    seed: Seed = 0
+    seed: Seed = Field(default=0, description="of the proposals")
     space: SpaceConfig = SpaceConfig()
 
     @field_validator("metric")

@@ -8,14 +8,17 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from pipeline.cluster import connect
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import ClusterError, ConfigError, DataError, EvaluationError, TrainingError
+from pipeline.features import SAMPLES_PER_FEATURE
 from pipeline.fid_validation import SPLIT, check_validation_count
+from pipeline.protocol import differences
 from pipeline.tune.proposer import Proposal, Proposer
-from pipeline.tune.records import Entry, Records, Result, Rung
-from pipeline.tune.scheduling import concurrency, run_trials
+from pipeline.tune.records import SEED, Entry, Records, Result, Rung
+from pipeline.tune.scheduling import OnEnd, Source, concurrency, run_trials
 from pipeline.tune.scoring import metric_name, trial_protocol
 from pipeline.tune.space import refusal
 from pipeline.tune.trial import rung_steps, trial_config, trial_key
@@ -23,7 +26,7 @@ from pipeline.tune.verdict import RULE, Verdict, judge, spread
 from pipeline.workflow import StepContext
 
 RESULT, TABLE, PAGE = "tune.json", "trials.csv", "tune.html"
-SEED = "-seed"  # in the names of a finalist's trainings
+ATTEMPTS = 3  # at trials that Ray lost without a word
 
 
 def tune(context: StepContext) -> dict[str, Any]:
@@ -35,16 +38,14 @@ def tune(context: StepContext) -> dict[str, Any]:
     Raises:
         ConfigError: the section is at odds with others, or nothing in the space is feasible.
         DataError: too few validation images for the score.
+        EvaluationError: the search was begun under another protocol.
         TrainingError: every trial failed.
         ClusterError: Ray lost the work.
     """
     config = context.config
     if faults := config.faults_of_tune():
         raise ConfigError("\n  ".join([f"{config.name} cannot be tuned:", *faults]))
-    if config.tune.metric == "fid":
-        num_features = context.inputs["features"]["metrics"]["num_features"]
-        counts = context.inputs["reference"]["metrics"]["counts"]
-        check_validation_count(num_features, counts[SPLIT], "tune.metric = fid")
+    _check_counts(context)
     with connect(config) as nodes:  # the one that the workflow has started
         experiment = _Experiment(context, concurrency(config, nodes))
         experiment.search()
@@ -71,15 +72,19 @@ class _Experiment:
         self.records = Records(context.storage, context.directory)
         self.metric = metric_name(self.config, context.inputs)
         self.proposer = Proposer(
-            self.config.tune.space, self.config.tune.searcher, self.config.tune.seed, self._refusal
+            self.config.tune.space,
+            self.config.tune.searcher,
+            self.config.tune.seed,
+            self._refusal,
+            self._key,
         )
-        for entry in self.records.entries():  # a kill may have come before they were deleted
-            if self.records.result(entry) is not None:
-                self.records.drop_checkpoints(entry)
+        self._check_protocol()
+        results = self.records.results()  # a kill may have come before they were deleted
+        self.records.drop_checkpoints(e for e in self.records.entries() if e.name in results)
 
     def search(self) -> None:
         """Runs what is left of the proposals, continuing those that were begun first."""
-        known = {entry.name: entry for entry in self.records.entries() if SEED not in entry.name}
+        known = {entry.name: entry for entry in self.records.entries() if not entry.is_seeded}
         results = {name: self.records.result(entry) for name, entry in known.items()}
         waiting: list[Entry] = []
         for name, entry in known.items():
@@ -130,15 +135,17 @@ class _Experiment:
 
     def find_finalists(self) -> list[Entry]:
         """The config as it is, where it can be trained, and the trials with the lowest scores."""
-        finished = []
-        for entry in self.records.entries():
-            result = self.records.result(entry)
-            if SEED not in entry.name and result is not None and result.value is not None:
-                finished.append((result.value, entry.number, entry))
-        ranked = [entry for _, _, entry in sorted(finished)]
-        default = [entry for entry in ranked if entry.number == 0]
-        others = [entry for entry in ranked if entry.number > 0]
-        return default + others[: self.config.tune.num_finalists]
+        results = self.records.results()
+        searched = [e for e in self.records.entries() if not e.is_seeded and e.name in results]
+        default = [e for e in searched if e.number == 0 and results[e.name].outcome != "failed"]
+        finished = [
+            (value, entry.number, entry)
+            for entry in searched
+            if entry.number > 0 and (value := results[entry.name].value) is not None
+        ]
+        return (
+            default + [entry for _, _, entry in sorted(finished)][: self.config.tune.num_finalists]
+        )
 
     def train_again(self, finalists: Sequence[Entry]) -> None:
         """Trains each finalist with seeds that the search has not seen."""
@@ -170,30 +177,36 @@ class _Experiment:
     def describe(self, finalists: Sequence[Entry]) -> dict[str, Any]:
         """All that was found, as JSON."""
         entries, results = self.records.entries(), self.records.results()
-        for entry in entries:
-            self.records.drop_checkpoints(entry)
-        scores = {
+        self.records.drop_checkpoints(entries)
+        seeded = {
             finalist.number: [
-                value
+                results[entry.name]
                 for entry in entries
-                if entry.number == finalist.number
-                and SEED in entry.name
-                and (value := results[entry.name].value) is not None
+                if entry.number == finalist.number and entry.is_seeded
             ]
             for finalist in finalists
         }
-        scores = {number: values for number, values in scores.items() if values}
+        scores = {
+            number: values
+            for number, found in seeded.items()
+            if (values := [result.value for result in found if result.value is not None])
+        }
+        failed = {number: sum(r.value is None for r in seeded[number]) for number in scores}
         if not scores:
+            for entry in entries:
+                if entry.is_seeded:
+                    self.records.forget(entry)
             raise TrainingError(
-                "No finalist could be trained again with another seed. See the reasons in the "
-                "notes, and run the command again with another tune.seed."
+                "No finalist could be trained again with another seed; the notes say why. Lower "
+                "train.learning_rate, or the upper end of its range, and run the command again: it "
+                "tries them anew."
             )
-        verdict = judge(scores)
+        verdict = judge(scores, unsure=[number for number, count in failed.items() if count])
         refused = Counter[str]()
         for entry in entries:
             refused.update(entry.refused)
-        outcomes = Counter(results[e.name].outcome for e in entries if SEED not in e.name)
-        by_number = {entry.number: entry for entry in entries if SEED not in entry.name}
+        outcomes = Counter(results[e.name].outcome for e in entries if not e.is_seeded)
+        by_number = {entry.number: entry for entry in entries if not entry.is_seeded}
         seconds = [r for result in results.values() for r in result.rungs]
         return {
             "name": self.config.name,
@@ -204,13 +217,15 @@ class _Experiment:
             "recommended": verdict.recommended,
             "overrides": list(by_number[verdict.recommended].overrides),
             "finalists": [
-                {"number": number, "scores": values, **asdict(spread(values))}
+                {"number": number, "scores": values, "failed": failed[number],
+                 **asdict(spread(values))}
                 for number, values in sorted(scores.items(), key=_mean)
             ],
             "trials": [
                 {**asdict(entry), **asdict(results[entry.name])} for entry in entries
             ],
             "rungs": rung_steps(self.config),
+            "full_steps": self.config.train.num_steps,
             "refused": dict(refused.most_common()),
             "counts": {"trials": sum(outcomes.values()), **outcomes},
             "cost": {
@@ -224,26 +239,35 @@ class _Experiment:
 
     def _run(
         self,
-        source: Any,
-        on_end: Any,
+        source: Source,
+        on_end: OnEnd,
         count: int,
         rungs: Sequence[int],
-        replayed: Mapping[str, Result],
+        replayed: dict[str, Result],
     ) -> None:
-        if count < 1:
-            return
-        run_trials(
-            self.config,
-            self.context.storage,
-            self.context.inputs,
-            self.records,
-            source,
-            on_end,
-            count=count,
-            at_a_time=self.at_a_time,
-            rungs=rungs,
-            replayed=replayed,
-        )
+        """Runs what a source gives, and again what Ray lost on the way."""
+        attempts = 0
+        while count > 0:
+            run_trials(
+                self.config,
+                self.context.storage,
+                self.context.inputs,
+                self.records,
+                source,
+                on_end,
+                count=count,
+                at_a_time=self.at_a_time,
+                rungs=rungs,
+                replayed=replayed,
+            )
+            results, attempts = self.records.results(), attempts + 1
+            lost = [entry for entry in self.records.entries() if entry.name not in results]
+            if lost and attempts == ATTEMPTS:
+                raise ClusterError(
+                    f"Ray lost {len(lost)} trials {ATTEMPTS} times without a word, the first "
+                    f"{lost[0].name}. Look at its logs, and run the same command again."
+                )
+            count, source = len(lost), partial(_next_of, lost)
 
     def _propose(self, number: int) -> Entry | None:
         if number == 0:
@@ -253,15 +277,29 @@ class _Experiment:
         if proposal is None:
             self.context.note(f"the space holds nothing new after {number} trials")
             return None
-        key = trial_key(trial_config(self.config, proposal.overrides), self.context.inputs)
+        key = self._key(proposal.overrides)
         return Entry(
             _name(number), number, proposal.choice, proposal.overrides, key, proposal.refused
         )
 
     def _seeded(self, finalist: Entry, name: str, k: int) -> Entry:
         overrides = [*finalist.overrides, f"train.seed={self.config.train.seed + k}"]
-        key = trial_key(trial_config(self.config, overrides), self.context.inputs)
-        return Entry(name, finalist.number, finalist.choice, overrides, key)
+        return Entry(name, finalist.number, finalist.choice, overrides, self._key(overrides))
+
+    def _key(self, overrides: Sequence[str]) -> str:
+        return trial_key(trial_config(self.config, overrides), self.context.inputs)
+
+    def _check_protocol(self) -> None:
+        """Scores under two protocols would not compare: other versions may make another."""
+        protocol = trial_protocol(trial_config(self.config, []), self.context.inputs)
+        protocol = json.loads(json.dumps(protocol))
+        begun = self.records.keep_protocol(protocol)
+        if differing := differences(begun, protocol):
+            raise EvaluationError(
+                f"This search was begun under another protocol, and its scores would not compare "
+                f"({', '.join(differing)}). Bring back the versions that it was begun with, or set "
+                "another tune.seed to begin anew."
+            )
 
     def _refusal(self, overrides: Sequence[str]) -> str | None:
         return refusal(self.config, overrides, self.config.tune.max_signal_left)
@@ -278,6 +316,31 @@ class _Experiment:
                 said = f"failed: {result.reason.splitlines()[-1]}"
         self.context.note(f"trial {entry.name} ({what}): {said}")
         self.context.progress(done, total, "trials")
+
+
+def _check_counts(context: StepContext) -> None:
+    """Refuses a score of fewer images or samples than it is said to have, or needs."""
+    config, counts = context.config, context.inputs["preprocess"]["metrics"]["counts"]
+    num_samples = config.tune.num_samples
+    if config.tune.metric != "fid":
+        if counts[SPLIT] < num_samples:
+            raise DataError(
+                f"tune.metric = {config.tune.metric} scores tune.num_samples = {num_samples} "
+                f"validation images, and there are {counts[SPLIT]}. Lower it, or raise "
+                "data.validation_fraction."
+            )
+        return
+    num_features = context.inputs["features"]["metrics"]["num_features"]
+    check_validation_count(num_features, counts[SPLIT], "tune.metric = fid")
+    if num_samples < SAMPLES_PER_FEATURE * num_features:
+        raise DataError(
+            f"A score in {num_features:,} features needs {SAMPLES_PER_FEATURE * num_features:,} "
+            f"samples, and tune.num_samples is {num_samples:,}. Raise it, or take fewer features."
+        )
+
+
+def _next_of(entries: list[Entry]) -> Entry | None:
+    return entries.pop(0) if entries else None
 
 
 def summarise(document: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ goes on as it would have: what was proposed and found is told again, and no stat
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +56,7 @@ class Proposer:
         searcher: how.
         seed: of the draws.
         refuse: why overrides are not worth a trial; None where they are.
+        identify: the same for overrides that make the same trial, whatever they say.
         draw: a choice from a trial of Optuna's; of `space` where not given.
     """
 
@@ -65,13 +66,14 @@ class Proposer:
         searcher: Kind,
         seed: int,
         refuse: Refusal = lambda overrides: None,
+        identify: Callable[[Sequence[str]], Hashable] = tuple,
         draw: Callable[[Any, SpaceConfig], dict[str, Any]] = draw,
     ) -> None:
         self._space, self._kind, self._seed = space, searcher, seed
-        self._refuse, self._draw = refuse, draw
+        self._refuse, self._identify, self._draw = refuse, identify, draw
         self._study = optuna.create_study(direction="minimize")
         self._asked: dict[int, optuna.Trial] = {}
-        self._seen: set[tuple[str, ...]] = {()}  # the config as it is
+        self._seen: set[Hashable] = {identify(())}  # the config as it is
         self._num_found = 0
 
     def ask(self, number: int) -> Proposal | None:
@@ -87,11 +89,11 @@ class Proposer:
             choice = self._draw(trial, self._space)
             overrides = to_overrides(choice)
             reason = self._refuse(overrides)
-            if reason is None and tuple(overrides) in self._seen:
-                reason = "proposed before"
+            if reason is None and self._identify(overrides) in self._seen:
+                reason = "the config as it is, or proposed before"
             if reason is None:
                 self._asked[number] = trial
-                self._seen.add(tuple(overrides))
+                self._seen.add(self._identify(overrides))
                 self._num_found += 1
                 return Proposal(number, choice, overrides, dict(refused))
             self._study.tell(trial, state=TrialState.FAIL)
@@ -147,7 +149,7 @@ class Proposer:
         return self._study.get_trials(deepcopy=False)
 
     def _remember(self, proposal: Proposal) -> None:
-        self._seen.add(tuple(proposal.overrides))
+        self._seen.add(self._identify(proposal.overrides))
         self._num_found += 1
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:

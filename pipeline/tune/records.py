@@ -7,18 +7,25 @@
     steps/trial/<trial>/checkpoints/                      while it may go on
     steps/trial/<trial>/manifest.json                     once it was trained to its end
 
+    steps/tune/<experiment>/protocol.json                 of all its scores, before the first trial
+
 All are created once. A trial is keyed by its resolved config, its data and the protocol of its
 score, so that another experiment which comes by the same trial finds it. Checkpoints are deleted
 when a trial has ended, so that there are never more than those of the trials that run.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pipeline.errors import BusyError
+from pipeline.leases import hold_lease
 from pipeline.storage import Storage
 
+SEED = "-seed"  # in the names of a finalist's trainings
+OF_RUNNING = ("checkpoints", "verdicts", "ray")  # below a trial while it may go on
 Outcome = Literal["finished", "stopped", "failed"]
 
 
@@ -41,6 +48,11 @@ class Entry:
     overrides: Sequence[str]
     key: str
     refused: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether it is a finalist's training with another seed."""
+        return SEED in self.name
 
     @property
     def directory(self) -> str:
@@ -106,6 +118,13 @@ class Records:
 
     def __init__(self, storage: Storage, directory: str) -> None:
         self.storage, self.directory = storage, f"{directory}/trials"
+        self._protocol = f"{directory}/protocol.json"
+        self._ended: dict[str, Entry] = {}  # whose checkpoints may still be there
+
+    def keep_protocol(self, protocol: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keeps the protocol of the scores; returns that of the first attempt."""
+        self.storage.create(self._protocol, json.dumps(protocol).encode())
+        return self._read(self._protocol) or protocol
 
     def add(self, entry: Entry) -> None:
         """Keeps a proposal, before its trial starts."""
@@ -116,15 +135,27 @@ class Records:
         """Keeps what came of a trial, and lets its checkpoints go."""
         path = f"{self.directory}/{entry.name}/result.json"
         self.storage.create(path, json.dumps(asdict(result)).encode())
-        self.drop_checkpoints(entry)
+        self._ended[entry.name] = entry
+        self.drop_checkpoints(self._ended.values())
 
     def forget(self, entry: Entry) -> None:
         """Lets a trial be tried again as if it had not ended."""
         self.storage.delete(f"{self.directory}/{entry.name}/result.json")
 
-    def drop_checkpoints(self, entry: Entry) -> None:
-        """Deletes what an ended trial would have continued from."""
-        self.storage.delete(f"{entry.directory}/checkpoints")
+    def drop_checkpoints(self, entries: Iterable[Entry]) -> None:
+        """Deletes what ended trials would have continued from.
+
+        Not while someone is at it: a stopped trial's thread may end a little later, and the same
+        trial of another experiment goes on. Such a one is tried again when the next trial ends.
+        """
+        for entry in list(entries):
+            with (
+                contextlib.suppress(BusyError),
+                hold_lease(self.storage, entry.directory, wait=False),
+            ):
+                for name in OF_RUNNING:
+                    self.storage.delete(f"{entry.directory}/{name}")
+                self._ended.pop(entry.name, None)
 
     def entries(self) -> list[Entry]:
         """All that were proposed, by name."""

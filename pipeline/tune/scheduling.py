@@ -17,10 +17,16 @@ from typing import Any
 
 from pipeline.capacity import fits_on
 from pipeline.cluster import Node
-from pipeline.errors import RaydiffusionError
+from pipeline.errors import (
+    ERRORS,
+    BusyError,
+    ClusterError,
+    RaydiffusionError,
+    StorageError,
+)
+from pipeline.ray_train import ray_storage
 from pipeline.settings import Config
 from pipeline.storage import Storage, open_storage
-from pipeline.train import ray_storage
 from pipeline.tune.records import Entry, Records, Result, Rung
 from pipeline.tune.trial import grace_steps, run_trial, trial_config
 
@@ -30,7 +36,11 @@ SCORE, IMAGES = "score", "images_seen"  # names in Ray Tune's results
 LEFT_OUT = (".pkl", "experiment_state")  # of Ray Tune's files: pickles and its own state
 # Read by Ray Tune: a failed trial reports no score; nothing is printed.
 RAY_ENVIRONMENT = {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-END_TIMEOUT_S = "60"  # for the thread of a stopped trial, before its actor is used again
+# For the thread of a stopped trial, beyond what storage is waited for, before its actor is used
+# again: Ray Tune would end the next trial if it took longer.
+END_TIMEOUT_S = 300
+IDLE_TIMEOUT_S = 600  # without any trial that runs, while some are to
+OURS = (StorageError, ClusterError, BusyError)  # not of a trial: no verdict on it
 
 Source = Callable[[], Entry | None]
 OnEnd = Callable[[Entry, Result], None]
@@ -55,8 +65,12 @@ def run_trials(
     rungs: Sequence[int],
     replayed: Mapping[str, Result] | None = None,
     on_rung: Callable[[Entry, Rung], None] = lambda entry, rung: None,
+    trainable: Callable[..., None] | None = None,
 ) -> None:
     """Runs the trials that a source gives until it has no more; each is recorded when it ends.
+
+    What is wrong with the cluster or the storage is no verdict on a trial: it ends the experiment,
+    and the same command continues it. A trial that Ray Tune lost without a word has no result.
 
     Args:
         config: the base.
@@ -70,6 +84,11 @@ def run_trials(
         rungs: steps at which they are scored; with more than the last, ASHA stops between them.
         replayed: results of an earlier process, which ASHA compares with.
         on_rung: told each score.
+        trainable: what a trial runs.
+
+    Raises:
+        ClusterError: Ray lost the work, or nothing ran for ten minutes.
+        StorageError: a record could not be written.
     """
     os.environ |= RAY_ENVIRONMENT
     from ray import tune
@@ -77,20 +96,17 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # every failure is in the records
     scratch = f"{records.directory.rpartition('/')[0]}/ray"
     keep_logs(storage, scratch)
-    watcher = _make_watcher(records, source, on_end, on_rung, rungs[-1])
+    watcher = _make_watcher(records, source, on_end, on_rung, rungs[-1], at_a_time)
     common = {"config": config.model_dump_json(), "storage": storage.uri, "rungs": list(rungs)}
     common["inputs"] = {name: dict(manifest) for name, manifest in inputs.items()}
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(at_a_time))
-    trainable = tune.with_resources(
-        tune.with_parameters(_trainable, common=common), _bundles(config)
-    )
+    function = tune.with_parameters(trainable or _trainable, common=common)
     tuner = tune.Tuner(
-        trainable,
+        tune.with_resources(function, _bundles(config)),
         tune_config=tune.TuneConfig(
             num_samples=count,  # metric and mode are told to ASHA itself, which knows more already
             search_alg=watcher.searcher,
             scheduler=_make_scheduler(config, rungs, replayed or {}),
-            max_concurrent_trials=at_a_time,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.config["name"],
@@ -105,6 +121,15 @@ def run_trials(
     )
     try:
         tuner.fit()
+    except Exception as error:  # Ray Tune wraps whatever it meets
+        if not watcher.errors:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            watcher.errors.append(
+                ClusterError(
+                    f"Ray Tune lost the search: {first}. Ended trials are kept; see that the "
+                    "cluster is well and run the same command again."
+                )
+            )
     finally:
         with contextlib.suppress(RaydiffusionError):
             keep_logs(storage, scratch)
@@ -144,7 +169,18 @@ def _make_scheduler(config: Config, rungs: Sequence[int], replayed: Mapping[str,
     if len(rungs) < 2:
         return FIFOScheduler()
     batch = config.train.global_batch_size
-    scheduler = AsyncHyperBandScheduler(
+
+    class Scheduler(AsyncHyperBandScheduler):
+        """Ends neither what has gone on from there already nor the config as it is."""
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            action = super().on_trial_result(controller, trial, result)
+            is_last = result.get(IMAGES, 0) >= self._max_t
+            if not is_last and (result.get("has_passed") or trial.config["is_default"]):
+                return self.CONTINUE
+            return action
+
+    scheduler = Scheduler(
         time_attr=IMAGES,
         metric=SCORE,
         mode="min",
@@ -165,22 +201,26 @@ class _Past:
     """As much of a trial of Ray's as its scheduler looks at."""
 
     def __init__(self, name: str) -> None:
-        self.trial_id = name
+        self.trial_id, self.config = name, {"is_default": False}
 
 
 def _trainable(trial: dict[str, Any], common: dict[str, Any]) -> None:
     """One trial in the process of a Ray Tune actor: every end but a kill is a report."""
     from ray import tune
 
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = END_TIMEOUT_S
     storage, base = open_storage(common["storage"]), Config.model_validate_json(common["config"])
+    timeout_s = END_TIMEOUT_S + base.train.storage_patience_s
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(int(timeout_s))
 
-    def report(rung: Rung) -> None:
-        tune.report({SCORE: rung.value, IMAGES: rung.images_seen, "rung": asdict(rung)})
+    def report(rung: Rung, has_passed: bool) -> None:
+        seen = {SCORE: rung.value, IMAGES: rung.images_seen, "has_passed": has_passed}
+        tune.report(seen | {"rung": asdict(rung)})
 
     try:
         config = trial_config(base, trial["overrides"])
         run_trial(config, storage, common["inputs"], common["rungs"], report)
+    except OURS as error:
+        tune.report({"lost": str(error), "kind": type(error).__name__})
     except RaydiffusionError as error:
         tune.report({"failed": str(error)})
     except Exception:  # of anything: the search goes on without this trial
@@ -200,28 +240,61 @@ class _Watcher:
         on_end: OnEnd,
         on_rung: Callable[[Entry, Rung], None],
         last_step: int,
+        at_a_time: int,
     ) -> None:
-        self.last_step = last_step
+        self.last_step, self.at_a_time = last_step, at_a_time
         self.records, self.source, self.on_end, self.on_rung = records, source, on_end, on_rung
         self.entries: dict[str, Entry] = {}
         self.rungs: dict[str, dict[int, Rung]] = {}
         self.started: dict[str, float] = {}
         self.errors: list[Exception] = []
+        self.open: set[str] = set()  # trials that have begun and not ended
+        self.last_seen_running = time.monotonic()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.open) >= self.at_a_time
 
     def suggest(self) -> dict[str, Any] | None:
+        """The next trial, as Ray Tune shows it; None where there is none."""
+        if self.errors:
+            return None
         try:
             entry = self.source()
+            if entry is None:
+                return None
+            self.records.add(entry)
         except Exception as error:  # Ray Tune would wrap it
             self.errors.append(error)
             return None
-        if entry is None:
-            return None
-        self.records.add(entry)
         self.entries[entry.name], self.rungs[entry.name] = entry, {}
-        return {"name": entry.name, "overrides": list(entry.overrides), **entry.choice}
+        self.open.add(entry.name)
+        return {
+            "name": entry.name,
+            "overrides": list(entry.overrides),
+            "is_default": entry.number == 0,
+            **entry.choice,
+        }
 
     def begin(self, name: str) -> None:
         self.started.setdefault(name, time.monotonic())
+
+    def look(self, states: Mapping[str, str]) -> None:
+        """Notices what Ray Tune does not tell: trials it gave up, and that none runs any more."""
+        for name in self.open & states.keys():
+            if states[name] in ("ERROR", "TERMINATED"):
+                self.open.discard(name)  # without a result: it is run again
+        now = time.monotonic()
+        if not self.open or "RUNNING" in states.values():
+            self.last_seen_running = now
+        elif now - self.last_seen_running > IDLE_TIMEOUT_S:
+            error = ClusterError(
+                f"No trial has run for {IDLE_TIMEOUT_S / 60:.0f} minutes, and {len(self.open)} "
+                "wait for a place. Bring back the nodes that have left, or lower "
+                "train.cpus_per_worker, and run the same command again."
+            )
+            self.errors.append(error)
+            raise error
 
     def take(self, name: str, result: Mapping[str, Any]) -> None:
         if "rung" in result and result["rung"]["step"] not in self.rungs[name]:
@@ -232,6 +305,10 @@ class _Watcher:
     def end(self, name: str, last: Mapping[str, Any], reason: str) -> None:
         rungs = [self.rungs[name][step] for step in sorted(self.rungs[name])]
         seconds = time.monotonic() - self.started.get(name, time.monotonic())
+        self.open.discard(name)
+        if "lost" in last:
+            self.errors.append(ERRORS[last["kind"]](last["lost"]))
+            return
         reason = reason or last.get("failed", "")
         if reason:
             outcome = "failed"
@@ -248,17 +325,20 @@ def _make_watcher(
     on_end: OnEnd,
     on_rung: Callable[[Entry, Rung], None],
     last_step: int,
+    at_a_time: int,
 ) -> _Watcher:
     """The watcher with Ray Tune's two interfaces to it; Ray is imported only here."""
     from ray.tune import Callback
     from ray.tune.search import Searcher
 
-    watcher = _Watcher(records, source, on_end, on_rung, last_step)
+    watcher = _Watcher(records, source, on_end, on_rung, last_step, at_a_time)
 
     class GivenTrials(Searcher):
         """Asks the source, whatever Ray Tune's own idea of an order is."""
 
         def suggest(self, trial_id: str) -> Any:
+            if watcher.is_full:  # Ray Tune asks again; its own limit loses places, see `look`
+                return None
             return watcher.suggest() or Searcher.FINISHED
 
         def on_trial_complete(
@@ -277,6 +357,9 @@ def _make_watcher(
 
     class Recorder(Callback):
         """Records every result before Ray Tune asks for the next trial."""
+
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            watcher.look({trial.config["name"]: trial.status for trial in trials})
 
         def on_trial_start(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any

@@ -16,6 +16,7 @@ from pipeline.drawing import iter_drawn
 from pipeline.errors import EvaluationError
 from pipeline.extractors import load_extractor, score_name
 from pipeline.fid_validation import SPLIT
+from pipeline.host import full_precision
 from pipeline.loader import keyed_seed
 from pipeline.models import make_diffusion
 from pipeline.protocol import make_protocol
@@ -103,15 +104,16 @@ def _frechet(
 
     def score(model: Any) -> tuple[float, bytes | None]:
         device = next(model.parameters()).device
-        parts = list(
-            iter_drawn(
-                config,
-                Network(model, diffusion, counts),
-                extractor.to(device),
-                config.tune.num_samples,
-                config.evaluate.num_samples,
+        with full_precision():  # as the reference
+            parts = list(
+                iter_drawn(
+                    config,
+                    Network(model, diffusion, counts),
+                    extractor.to(device),
+                    config.tune.num_samples,
+                    config.evaluate.num_samples,
+                )
             )
-        )
         value = frechet_distance(sums, sum_features(np.concatenate([f for _, f in parts])))
         if not np.isfinite(value):
             raise EvaluationError(

@@ -30,7 +30,7 @@ from pipeline.workflow import hash_json
 VERSION = 1  # raised when a trial makes something else of the same config
 INPUTS = ("preprocess", "features", "reference")
 
-OnRung = Callable[[Rung], None]
+OnRung = Callable[[Rung, bool], None]
 
 
 def trial_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -44,10 +44,9 @@ def trial_config(config: Config, overrides: Sequence[str]) -> Config:
         ConfigError: the choice is no valid config.
     """
     resolved = override_config(config, overrides)
-    every = math.gcd(*rung_steps(config))
     train = {
         "num_steps": config.trial_steps,
-        "checkpoint_every": min(resolved.train.checkpoint_every, every),
+        "checkpoint_every": min(resolved.train.checkpoint_every, rung_steps(config)[0]),
         "keep_every": None,
         "validate_every": None,
         "sample_every": None,
@@ -65,6 +64,9 @@ def trial_config(config: Config, overrides: Sequence[str]) -> Config:
 def rung_steps(config: Config) -> list[int]:
     """The steps at which a trial is scored, ascending: ASHA's rungs and the end.
 
+    The last rung leaves as many times more to train as there is between two: who was stopped just
+    before the end would have cost all, and could be no finalist.
+
     Args:
         config: the base.
     """
@@ -72,7 +74,7 @@ def rung_steps(config: Config) -> list[int]:
     if tune.stopping == "none":
         return [last]
     rung, rungs = grace_steps(config), []
-    while rung < last:
+    while rung * tune.reduction_factor <= last:
         rungs.append(rung)
         rung *= tune.reduction_factor
     return [*rungs, last]
@@ -123,7 +125,8 @@ def run_trial(
         storage: the root.
         inputs: the manifests of `preprocess`, `features` and `reference`.
         rungs: the steps at which it is scored.
-        on_rung: told each score, old ones first; what it raises ends the trial.
+        on_rung: told each score, old ones first, and whether the trial has gone on from there
+            already; what it raises ends the trial.
 
     Raises:
         TrainingError: the loss was not finite, too often.
@@ -137,8 +140,9 @@ def run_trial(
             if is_held and not store.is_finished:
                 _train(config, storage, inputs, store, rungs, on_rung, identity)
                 return
-    for rung in store.rungs():  # of another experiment, or of an attempt whose driver was killed
-        on_rung(rung)
+    # Of another experiment, or of an attempt whose driver was killed.
+    for rung in _of_these(store.rungs(), rungs):
+        on_rung(rung, rung.step < config.train.num_steps)
 
 
 def _train(
@@ -151,26 +155,27 @@ def _train(
     identity: Mapping[str, Any],
 ) -> None:
     reached = max(CheckpointStore(storage, store.directory).steps(), default=0)
-    known = {rung.step: rung for rung in store.rungs()}
-    for step in sorted(known):
-        if step <= reached:
-            on_rung(known[step])
+    told: dict[int, Rung] = {}
 
     def tell(rung: Rung) -> None:
-        known[rung.step] = rung
+        told[rung.step] = rung
         if rung.step == config.train.num_steps:
-            scores = [asdict(known[step]) for step in sorted(known)]
+            scores = [asdict(told[step]) for step in sorted(told)]
             store.finish({"identity": _as_json(identity), "rungs": scores})
-        on_rung(rung)
+        on_rung(rung, rung.step < reached)
 
+    for rung in _of_these(store.rungs(), rungs):
+        tell(rung)
+    if config.train.num_steps in told:  # the kill came between the last score and the manifest
+        return
     if config.train.max_workers > 1:
-        train_with_workers(config, storage, inputs, store.directory, rungs, tell)
+        train_with_workers(config, storage, inputs, store.directory, rungs, told.keys(), tell)
         return
     with open_score(config, storage, inputs) as score:
         scorer = make_scorer(config, store, score, rungs)
 
         def score_and_tell(step: int, model: nn.Module) -> None:
-            if (rung := scorer(step, model)) is not None and step > reached:
+            if (rung := scorer(step, model)) is not None and step not in told:
                 tell(rung)
 
         train = config.train.model_copy(update={"fid_every": math.gcd(*rungs)})
@@ -182,6 +187,11 @@ def _train(
             hooks=Hooks(on_fid=score_and_tell),
             device=_device(config),
         )
+
+
+def _of_these(found: Sequence[Rung], steps: Sequence[int]) -> list[Rung]:
+    """Those at these steps: another experiment may have scored the same trial at others as well."""
+    return [rung for rung in found if rung.step in steps]
 
 
 def _device(config: Config) -> torch.device:

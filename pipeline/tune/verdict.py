@@ -5,7 +5,7 @@ again with seeds that the choice has not seen, and only those scores are compare
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ RULE = (
     "only if, against every other finalist, the whole of Welch's interval of the difference of "
     "means lies on its side (95% over all comparisons together, after Bonferroni). Otherwise those "
     "that cannot be told from it are not distinguishable, and the config as it is is recommended "
-    "if it is one of them."
+    "if it is one of them. Who failed with one of its seeds cannot be told from any."
 )
 
 
@@ -58,12 +58,15 @@ def spread(scores: Sequence[float]) -> Spread:
     return Spread(float(x.mean()), std, float(x.min()), float(x.max()), len(x))
 
 
-def judge(scores: Mapping[int, Sequence[float]], default: int = 0) -> Verdict:
+def judge(
+    scores: Mapping[int, Sequence[float]], default: int = 0, unsure: Collection[int] = ()
+) -> Verdict:
     """Compares finalists by their scores over seeds; lower is better. See `RULE`.
 
     Args:
         scores: by finalist; one with a single score cannot be told from any.
         default: the config as it is.
+        unsure: who failed with some of its seeds: what is left flatters it.
 
     Raises:
         ValueError: there is no finalist.
@@ -71,7 +74,12 @@ def judge(scores: Mapping[int, Sequence[float]], default: int = 0) -> Verdict:
     lowest = min(scores, key=lambda number: (float(np.mean(scores[number])), number))
     others = [number for number in scores if number != lowest]
     level = 1 - (1 - LEVEL) / max(1, len(others))
-    intervals = {number: welch_interval(scores[number], scores[lowest], level) for number in others}
+    intervals = {
+        number: (-math.inf, math.inf)
+        if {number, lowest} & set(unsure)
+        else welch_interval(scores[number], scores[lowest], level)
+        for number in others
+    }
     tied = [lowest, *(number for number in others if intervals[number][0] <= 0)]
     if not others:  # who has nobody to beat is not best
         return Verdict("unopposed", lowest, lowest, tied, intervals)

@@ -10,15 +10,16 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from pipeline.loop import Hooks
+from pipeline.ray_train import fit_workers
 from pipeline.settings import Config
 from pipeline.storage import Storage, open_storage
-from pipeline.train import fit_workers, train_in_process
+from pipeline.train import train_in_process
 from pipeline.tune.records import Rung, TrialStore, read_json
 from pipeline.tune.scoring import Inputs, open_score
 
@@ -32,6 +33,7 @@ def train_with_workers(
     inputs: Inputs,
     directory: str,
     rungs: Sequence[int],
+    known: Collection[int],
     on_score: Callable[[Rung], None],
 ) -> None:
     """Trains and scores with Ray Train's workers, from where an earlier attempt was killed.
@@ -42,10 +44,11 @@ def train_with_workers(
         inputs: the manifests of `preprocess`, `features` and `reference`.
         directory: of the trial, below the root.
         rungs: the steps at which it is scored.
+        known: those whose score was there before.
         on_score: told each score that was not there before; what it raises ends the trial.
     """
     store = TrialStore(storage, directory)
-    told = {rung.step for rung in store.rungs()}
+    told = set(known)
     storage.delete(f"{directory}/verdicts")  # of an attempt that was killed
     for step in told:
         _decide(storage, directory, step, goes_on=True)
@@ -72,7 +75,7 @@ def train_with_workers(
         while thread.is_alive():
             thread.join(LOOK_EVERY_S)
             for rung in store.rungs():
-                if rung.step not in told:
+                if rung.step in rungs and rung.step not in told:
                     told.add(rung.step)
                     on_score(rung)
                     _decide(storage, directory, rung.step, goes_on=True)

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from jobs.tune import as_typed, command
+from jobs.tune import as_typed
 from pipeline.config import load_config
 from pipeline.driver import make_plan
+from pipeline.publish import training_command
 
 SETTINGS = ["train.num_workers=1", "tune.num_samples=64", "tune.train_steps=30"]
 FOUND = [
@@ -59,6 +60,8 @@ def test_the_verb_plans_the_search_alone(tiny_config: Path, tmp_path: Path) -> N
     assert [p.step.name for p in planned.steps] == ["preprocess", "features", "reference", "tune"]
     assert not planned.searches
     assert planned.trains
+    enabled = make_plan(load_config(tiny_config, [*SETTINGS, "tune.enabled=true"]), ("tune",))
+    assert not enabled.searches  # nothing follows that would be planned again
 
 
 def test_a_longer_training_keeps_the_search(tiny_config: Path, tmp_path: Path) -> None:
@@ -73,12 +76,17 @@ def test_a_longer_training_keeps_the_search(tiny_config: Path, tmp_path: Path) -
     assert key() != key("tune.seed=1")
     assert key() != key("evaluate.num_steps=5")
     assert key("tune.num_steps=5") == key("evaluate.num_steps=5")
+    assert key() != key("evaluate.num_samples=256")  # whose noise the trials' follows
+    bits = "tune.metric=bits_per_dim"
+    assert key(bits) != key(bits, "evaluate.clip_x_start=false")
+    assert key(bits) != key(bits, "evaluate.seed=1")
+    assert key(bits) == key(bits, "evaluate.num_samples=256")
 
 
 def test_the_command_is_as_it_can_be_typed(tiny_config: Path) -> None:
     target = as_typed(Path("my config.toml"), ["data.sources=['a b']"])
     assert target == """'my config.toml' --set 'data.sources=['"'"'a b'"'"']'"""
-    assert command({"overrides": FOUND[1:]}, "c.toml") == (
+    assert training_command(FOUND[1:], "c.toml") == (
         "raydiffusion run c.toml --set 'diffusion.schedule_options={beta_start = 1e-4, "
         "beta_end = 0.05}' --set tune.enabled=false"
     )

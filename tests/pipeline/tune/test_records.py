@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.leases import hold_lease
 from pipeline.storage import LocalStorage
 from pipeline.tune.records import Entry, Records, Result, Rung, TrialStore
 
@@ -38,6 +39,24 @@ def test_a_failed_trial_has_no_score_to_learn_from() -> None:
     failed = Result("failed", RUNGS, 1.0, "the loss was not finite")
     assert failed.value is None
     assert failed.by_images == {}
+
+
+def test_checkpoints_stay_while_someone_is_at_the_trial(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    records, other = Records(storage, "steps/tune/e"), Entry("0002", 2, {}, [], "other")
+    kept = f"{ENTRY.directory}/checkpoints/000000010/manifest.json"
+    storage.create(kept, b"{}")
+    with hold_lease(storage, ENTRY.directory):  # a stopped trial's thread, or another search
+        records.end(ENTRY, Result("stopped", RUNGS[:1], 1.0))
+        assert storage.exists(kept)
+    records.end(other, Result("stopped", RUNGS[:1], 1.0))  # the next to end
+    assert not storage.exists(kept)
+
+
+def test_the_protocol_of_the_first_attempt_stays(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    assert Records(storage, "steps/tune/e").keep_protocol({"seed": 0}) == {"seed": 0}
+    assert Records(storage, "steps/tune/e").keep_protocol({"seed": 1}) == {"seed": 0}
 
 
 def test_checkpoints_go_when_a_trial_has_ended_and_its_scores_stay(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a choice becomes, and what is refused before it costs a trial."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,19 @@ def test_a_finite_space_is_gone_through_once() -> None:
         "diffusion.weighting=uniform", "diffusion.weighting=min_snr"
     }  # fmt: skip
     assert proposer.ask(3) is None
+
+
+def test_what_makes_the_same_trial_as_the_config_is_not_proposed() -> None:
+    space = SpaceConfig(schedule=(), weighting=("uniform", "min_snr"))
+
+    def identify(overrides: Sequence[str]) -> str:  # of a config with uniform weighting
+        return "min_snr" if "min_snr" in str(overrides) else "uniform"
+
+    proposer = Proposer(space, "random", 0, identify=identify)
+    found = proposer.ask(1)
+    assert found is not None
+    assert found.overrides == ["diffusion.weighting=min_snr"]
+    assert proposer.ask(2) is None
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "random"])

@@ -44,10 +44,24 @@ def test_rungs_are_spaced_by_the_factor_and_end_with_the_trial(tiny_config: Path
         return rung_steps(load_config(tiny_config, [*SETTINGS, *overrides]))
 
     assert rungs() == [2, 6, 18]
-    assert rungs("tune.grace_images=64") == [4, 12, 18]
-    assert rungs("tune.reduction_factor=2") == [4, 8, 16, 18]
+    assert rungs("tune.grace_images=64") == [4, 18]  # 12 would leave less than a third to train
+    assert rungs("tune.reduction_factor=2") == [4, 8, 18]
+    assert rungs("tune.train_steps=1000") == [111, 333, 1000]
     assert rungs("tune.stopping=none") == [18]
     assert grace_steps(load_config(tiny_config, SETTINGS)) == 2
+
+
+@pytest.mark.parametrize("steps", [18, 30, 1000, 1500, 2000, 10_000])
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_rungs_save_work_and_checkpoints_stay_few(
+    tiny_config: Path, steps: int, factor: int
+) -> None:
+    more = [f"tune.train_steps={steps}", f"tune.reduction_factor={factor}"]
+    config = load_config(tiny_config, [*SETTINGS, "train.checkpoint_every=500", *more])
+    *early, last = rung_steps(config)
+    assert last == steps
+    assert all(rung * factor <= steps for rung in early)
+    assert trial_config(config, []).train.checkpoint_every == min(500, early[0])
 
 
 def test_a_trial_is_keyed_by_what_it_learns_not_by_how_it_is_run(
@@ -68,7 +82,8 @@ def test_a_killed_trial_continues_and_scores_as_if_it_had_not_been(
     resolved = trial_config(config, ["diffusion.schedule=cosine"])
     directory = f"steps/trial/{trial_key(resolved, inputs)}"
 
-    def kill_at_second(rung: Rung) -> None:
+    def kill_at_second(rung: Rung, has_passed: bool) -> None:
+        assert not has_passed
         if rung.step == rungs[1]:
             raise Killed
 
@@ -80,19 +95,46 @@ def test_a_killed_trial_continues_and_scores_as_if_it_had_not_been(
     assert not store.is_finished
     assert CheckpointStore(storage, directory).steps()
 
+    first_steps: list[int] = []
+    train = trial.train_in_process
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        checkpoints = CheckpointStore(storage, directory)
+        first_steps.append(max(checkpoints.steps()))
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(trial, "train_in_process", watched)
     told: list[Rung] = []
-    run_trial(resolved, storage, inputs, rungs, told.append)
+    passed: list[bool] = []
+
+    def note(rung: Rung, has_passed: bool) -> None:
+        told.append(rung)
+        passed.append(has_passed)
+
+    run_trial(resolved, storage, inputs, rungs, note)
+    assert first_steps == [4]  # rung 6 was scored, and no checkpoint came after it
     assert [rung.step for rung in told] == rungs
+    assert passed == [True, False, False]
     assert told[:2] == first  # scores that were made are not made again
     assert store.is_finished
 
-    again: list[Rung] = []
+    again: list[tuple[Rung, bool]] = []
     monkeypatch.setattr(trial, "train_in_process", None)  # nothing is trained
-    run_trial(resolved, storage, inputs, rungs, again.append)
-    assert again == told
+    run_trial(resolved, storage, inputs, rungs, lambda *told: again.append(told))
+    assert again == list(zip(told, [True, True, False], strict=True))
+
+    storage.delete(f"{directory}/manifest.json")  # killed between the last score and this
+    again.clear()
+    run_trial(resolved, storage, inputs, rungs, lambda *told: again.append(told))
+    assert [rung for rung, _ in again] == told
+    assert store.is_finished
+
+    again.clear()  # another experiment scores the same trial at other steps
+    run_trial(resolved, storage, inputs, [2, 18], lambda *told: again.append(told))
+    assert [rung.step for rung, _ in again] == [2, 18]
 
     monkeypatch.undo()
     storage.delete(directory)
     whole: list[Rung] = []
-    run_trial(resolved, storage, inputs, rungs, whole.append)
+    run_trial(resolved, storage, inputs, rungs, lambda rung, passed: whole.append(rung))
     assert [rung.value for rung in whole] == [rung.value for rung in told]

@@ -79,6 +79,20 @@ def test_who_has_nobody_to_beat_is_not_called_best() -> None:
     assert (verdict.kind, verdict.recommended, verdict.tied) == ("unopposed", 0, [0])
 
 
+def test_who_failed_with_a_seed_is_not_called_best() -> None:
+    scores = {0: [9.0, 9.1, 9.2], 4: [5.0, 5.1]}
+    assert judge(scores).kind == "best"
+    verdict = judge(scores, unsure=[4])
+    assert (verdict.kind, verdict.recommended) == ("not distinguishable", 0)
+    assert judge(scores, unsure=[0]).kind == "not distinguishable"
+
+
+def test_many_comparisons_ask_for_more() -> None:
+    two = {0: [5.7, 6.0, 5.85], 1: [5.0, 5.3, 5.2]}
+    assert judge(two).kind == "best"
+    assert judge(two | {k: [9.0, 9.1, 9.2] for k in range(2, 12)}).kind == "not distinguishable"
+
+
 def test_equals_are_rarely_called_different() -> None:
     rng = np.random.default_rng(0)
     called = [
