@@ -11,6 +11,7 @@ from rich.table import Table
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson
 from jobs.results import print_json
+from pipeline.cycles import held_shards
 from pipeline.registry import Registry, list_models, open_registry
 from pipeline.storage import open_storage
 
@@ -117,7 +118,8 @@ def _show_model(registry: Registry, as_json: bool) -> None:
     if as_json:
         print_json({
             "name": registry.name, "champion": champion, "versions": versions,
-            "promotions": promotions,
+            "promotions": promotions, "evaluations": registry.evaluations(),
+            "held": held_shards(registry),
         })  # fmt: skip
         return
     rows = [
@@ -132,6 +134,15 @@ def _show_model(registry: Registry, as_json: bool) -> None:
     for p in promotions:
         word = "rolled back to" if p.get("kind") == "rollback" else "promoted"
         _say(f"{_local_time(p['time'])} {p['by']} {word} version {p['version']}: {p['reason']}")
+    for evaluation in registry.evaluations():
+        facts = evaluation["facts"]
+        _say(
+            f"{_local_time(evaluation['time'])} {evaluation['by']} pinned evaluation "
+            f"{evaluation['number']} ({facts['reference_count']} images of the "
+            f"{facts['reference_split']} split, {facts['extractor']}): {evaluation['reason']}"
+        )
+    for record in held_shards(registry):
+        _say(f"held: {record['shard']} ({record['sha256'][:8]}): {record['reason']}")
 
 
 def _show_lineage(

@@ -5,11 +5,12 @@ nearest valid one.
 """
 
 import contextlib
+import copy
 import difflib
 import glob
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -73,7 +74,23 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     values = config.model_dump(mode="json")
     for override in overrides:
         _apply_override(values, override)
-    return _validate(values, source=config.name)
+    changed = _validate(values, source=config.name)
+    if "notify" in values:
+        return changed
+    return changed.model_copy(update={"notify": config.notify})  # which a dump leaves out
+
+
+def parse_config(values: Mapping[str, Any], source: str) -> Config:
+    """The config that was kept as JSON, with a version of a model for one.
+
+    Args:
+        values: by section, as `model_dump(mode="json")` made them.
+        source: names it in the error.
+
+    Raises:
+        ConfigError: values are wrong, or no longer known.
+    """
+    return _validate(copy.deepcopy(dict(values)), source)
 
 
 def absolute_source(source: str, base: Path) -> str:

@@ -11,13 +11,15 @@ from pipeline.config import absolute_source, override_config
 from pipeline.errors import ConfigError
 from pipeline.extractor_identity import UNREAD, identify_extractor
 from pipeline.identities import OnHash
-from pipeline.leases import OnWait, hold_lease
+from pipeline.leases import OnWait, await_release, hold_lease
+from pipeline.notify import tells_how_it_ended
 from pipeline.preflight import before_ray, on_cluster, require
 from pipeline.publish import publish_report, publish_search
-from pipeline.runs import RunRecord, last_identities, run_id
+from pipeline.registry import Registry
+from pipeline.runs import SWEEP, RunRecord, last_identities, run_id
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
-from pipeline.steps import STEP_NAMES, make_steps
+from pipeline.steps import STEP_NAMES, Start, make_steps
 from pipeline.storage import Storage, open_storage
 from pipeline.subject_kinds import GivenImages, Subject, data_of_images
 from pipeline.torchrun import torchrun_world
@@ -56,15 +58,36 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether workers are needed."""
-        names = ("train", "tune")
-        return any(p.step.name in names and p.action != "cached" for p in self.steps)
+        return self._does("train") or self._does("tune")
+
+    @property
+    def draws(self) -> bool:
+        """Whether samples are drawn."""
+        return self._does("evaluate")
+
+    def _does(self, name: str) -> bool:
+        return any(p.step.name == name and p.action != "cached" for p in self.steps)
 
     @property
     def searches(self) -> bool:
         """Whether what follows the search is planned again when that is done."""
-        return self.config.tune.enabled and any(
-            p.step.name == "tune" and p.action != "cached" for p in self.steps
-        )
+        follows = any(p.step.name == "train" for p in self.steps)
+        return self.config.tune.enabled and self._does("tune") and follows
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the registry gives a plan.
+
+    Args:
+        pinned: manifests by step name whose results are taken in place of the step's own.
+        start: what training begins from; random weights if not given.
+        evaluation: the number of the pinned one.
+    """
+
+    pinned: Mapping[str, Mapping[str, Any]]
+    start: Start | None = None
+    evaluation: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,7 @@ def make_plan(
     targets: Sequence[str] = STEP_NAMES,
     *,
     subject: Subject | None = None,
+    basis: Basis | None = None,
     read_remote: bool = True,
     on_hash: OnHash | None = None,
 ) -> Plan:
@@ -91,6 +115,7 @@ def make_plan(
         config: the whole config.
         targets: the steps wanted; what they rest on is planned too.
         subject: what is evaluated in place of the config's training.
+        basis: what the registry gives; without it, everything is as the config says.
         read_remote: whether remote files that were never seen are read to be hashed; otherwise
             the plan takes them for new, and the run has no name yet.
         on_hash: told the number of files and bytes that are about to be read.
@@ -105,7 +130,10 @@ def make_plan(
         config.features, storage, read_remote=read_remote, on_hash=on_hash
     )
     last = last_identities(storage, config.name)
-    planned = plan(make_steps(config, inputs.shards, extractor, subject), storage, last)
+    basis = basis or Basis({}, evaluation=len(Registry(storage, config.name).evaluations()))
+    given: dict[str, Any] = {"start": basis.start, "evaluation": basis.evaluation}
+    steps = make_steps(config, inputs.shards, extractor, subject, **given)
+    planned = plan(steps, storage, last, basis.pinned)
     run, search = run_id(config, planned), None
     if config.tune.enabled and subject is None and not set(targets) <= BEFORE_TRAINING:
         search = next(p for p in planned if p.step.name == "tune")
@@ -114,7 +142,7 @@ def make_plan(
             planned = [_until_tuned(p) for p in planned]
         else:
             config = recommended_config(config, found)
-            steps = make_steps(config, inputs.shards, extractor)
+            steps = make_steps(config, inputs.shards, extractor, **given)
             planned = [search if p.step.name == "tune" else p for p in plan(steps, storage, last)]
     missing = []
     if planned[0].action != "cached":
@@ -148,6 +176,7 @@ def _until_tuned(p: PlannedStep) -> PlannedStep:
     return replace(p, action="run", reason="its config is what tune recommends: planned again then")
 
 
+@tells_how_it_ended
 def run_config(
     config: Config,
     targets: Sequence[str] = STEP_NAMES,
@@ -158,6 +187,7 @@ def run_config(
     on_hash: OnHash | None = None,
     wait_for_lease: bool = True,
     subject: Subject | None = None,
+    basis: Basis | None = None,
     target: str = "CONFIG",
 ) -> Outcome:
     """Brings the targets about: what is cached is kept, what was begun is continued.
@@ -174,6 +204,7 @@ def run_config(
         on_hash: told the number of files and bytes that are read before there is a plan.
         wait_for_lease: for another process at the same run; otherwise leave at once.
         subject: what is evaluated in place of the config's training; see `find_subject`.
+        basis: what the registry gives; without it, everything is as the config says.
         target: the config and its options as typed into a shell, for commands on pages.
 
     Raises:
@@ -194,7 +225,7 @@ def run_config(
         )
     if "tune" in targets and (faults := config.faults_of_tune()):
         raise ConfigError("\n  ".join([f"{config.name} cannot be tuned:", *faults]))
-    planned = make_plan(config, targets, subject=subject, on_hash=on_hash)
+    planned = make_plan(config, targets, subject=subject, basis=basis, on_hash=on_hash)
     if planned.searches and torchrun_world() is not None:
         raise ConfigError(
             "Under torchrun nothing is searched, and tune.enabled asks for a search that is not "
@@ -202,12 +233,17 @@ def run_config(
         )
     notes: list[str] = []
     if not planned.is_cached:
-        notes = require(before_ray(config, planned.storage, trains=planned.trains))
+        checks = before_ray(config, planned.storage, trains=planned.trains, draws=planned.draws)
+        notes = require(checks)
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
         # Another may have worked while we waited.
-        planned = make_plan(config, targets, subject=subject)
+        planned = make_plan(config, targets, subject=subject, basis=basis)
         on_plan(planned)
         record = RunRecord(planned.storage, planned.run, config, planned.steps, target)
+        if record.has_waited:  # for a clean-up, which may have deleted what was there
+            planned = make_plan(config, targets, subject=subject, basis=basis)
+            record.plan_again(planned.steps)
+            on_plan(planned)
 
         def observe(event: Event) -> None:
             record.observe(event)
@@ -219,7 +255,7 @@ def run_config(
             manifests: dict[str, dict[str, Any]] = {}
             with _capacity(config, planned, observe) as capacity:
 
-                def bring_about(steps: Sequence[PlannedStep]) -> None:
+                def go_through(steps: Sequence[PlannedStep]) -> None:
                     manifests.update(
                         execute(
                             steps,
@@ -233,11 +269,11 @@ def run_config(
                     )
 
                 if planned.searches:
-                    bring_about(needed_for(planned.steps, ("tune",)))
-                    planned = make_plan(config, targets)
+                    go_through(needed_for(planned.steps, ("tune",)))
+                    planned = make_plan(config, targets, basis=basis)
                     record.plan_again(planned.steps)
                     on_plan(planned)
-                bring_about(planned.steps)
+                go_through(planned.steps)
             outcome = "done"
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
             outcome = "interrupted"
@@ -245,6 +281,35 @@ def run_config(
         finally:
             record.close(outcome)
         return _publish(planned, manifests, target)
+
+
+def bring_about(
+    config: Config, planned: Plan, *, observer: Observer, wait_for_lease: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Runs what a plan has left, without a record of a run; all manifests by step name.
+
+    Args:
+        config: the whole config.
+        planned: what to do.
+        observer: told what happens.
+        wait_for_lease: for another process at the same step; otherwise leave at once.
+
+    Raises:
+        RaydiffusionError: with the sentence for the user and the exit code.
+    """
+    await_release(planned.storage, SWEEP)  # without a record nothing else holds a clean-up off
+    if not planned.is_cached:
+        checks = before_ray(config, planned.storage, trains=planned.trains, draws=planned.draws)
+        _tell(require(checks), observer)
+    with _capacity(config, planned, observer) as capacity:
+        return execute(
+            planned.steps,
+            planned.config,
+            planned.storage,
+            capacity=capacity,
+            observer=observer,
+            wait_for_lease=wait_for_lease,
+        )
 
 
 def _publish(planned: Plan, manifests: dict[str, dict[str, Any]], target: str) -> Outcome:
@@ -316,6 +381,7 @@ def _capacity(config: Config, planned: Plan, observer: Observer) -> Iterator[Res
             planned.storage,
             nodes,
             trains=planned.trains and torchrun_world() is None,
+            draws=planned.draws,
             reads_input=bool(planned.missing_shards),
         )
         _tell(require(checks), observer)

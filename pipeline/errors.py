@@ -53,6 +53,12 @@ class BusyError(RaydiffusionError):
     exit_code = 8
 
 
+class RefusedError(RaydiffusionError):
+    """The gate refused a model, or all that is new was held."""
+
+    exit_code = 9
+
+
 ERRORS: dict[str, type[RaydiffusionError]] = {
     kind.__name__: kind for kind in RaydiffusionError.__subclasses__()
 }

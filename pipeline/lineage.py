@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.probes import hash_code
 from pipeline.settings import Config
+from pipeline.steps import START_TRAINING
 from pipeline.workflow import hash_json
 
 NUM_STEPS = "train.num_steps"  # a training that goes on beyond it is the same one
@@ -22,7 +23,8 @@ def describe_version(
     """The document of a version, but for its number.
 
     Its `key` is the same whenever the same training was scored in the same way. Its `parent` is the
-    version whose training this one continues, None where it began anew.
+    version whose training this one continues, or whose weights it began with; None where it began
+    anew.
 
     Args:
         config: the whole config.
@@ -42,18 +44,27 @@ def describe_version(
         "lineage": {name: manifest["key"] for name, manifest in manifests.items()},
         "weights": train["artifacts"]["ema.safetensors"]["sha256"],
         "checkpoint": checkpoint,
-        "parent": find_parent(checkpoint, versions),
+        "parent": find_parent(
+            checkpoint, versions, train["identity"]["settings"].get(START_TRAINING)
+        ),
         "config": config.model_dump(mode="json"),
         "code": code_version() | {"steps": _step_versions(manifests)},
     }
 
 
-def find_parent(checkpoint: Mapping[str, Any], versions: Sequence[Mapping[str, Any]]) -> int | None:
+def find_parent(
+    checkpoint: Mapping[str, Any],
+    versions: Sequence[Mapping[str, Any]],
+    start: str | None = None,
+) -> int | None:
     """The number of the version whose training a checkpoint continues: the longest before it.
+
+    Where there is none, that of the latest one whose weights the training began with.
 
     Args:
         checkpoint: of the new version.
         versions: those there are.
+        start: the key of the training that it began with.
     """
     earlier = [
         (other["checkpoint"]["global_step"], other["number"])
@@ -62,7 +73,24 @@ def find_parent(checkpoint: Mapping[str, Any], versions: Sequence[Mapping[str, A
         and other["checkpoint"]["series"] == checkpoint["series"]
         and other["checkpoint"]["global_step"] < checkpoint["global_step"]
     ]
-    return max(earlier)[1] if earlier else None
+    if earlier:
+        return max(earlier)[1]
+    begun_with = [v["number"] for v in versions if start and v["lineage"]["train"] == start]
+    return max(begun_with, default=None)
+
+
+def is_made_by(version: Mapping[str, Any], identities: Mapping[str, Any]) -> bool:
+    """Whether a version is what a run made.
+
+    Args:
+        version: its document.
+        identities: of the run's steps, by name, from its record.
+    """
+    lineage = version.get("lineage", {})
+    return all(
+        step in identities and step in lineage and hash_json(identities[step]) == lineage[step]
+        for step in ("train", "evaluate")
+    )
 
 
 def ancestors(

@@ -2,10 +2,10 @@
 
 `models/<name>/versions/000007.json` and `models/<name>/promotions/000003.json` are created
 once and never changed; the champion is what the highest promotion names. Each is one file, so that
-there is no half of it. What a version came from is in `lineage.py`.
+there is no half of it. What a version came from is in `lineage.py`, who promotes by itself in
+`gate.py`, by what evaluation in `pinning.py`; cycles of `retrain` are recorded in `cycles.py`.
 """
 
-import contextlib
 import getpass
 import json
 import os
@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BusyError, ConfigError, StorageError
-from pipeline.leases import hold_lease
-from pipeline.lineage import describe_version
 from pipeline.storage import Storage
-from pipeline.workflow import StepContext
 
 PROMOTION, ROLLBACK = "promotion", "rollback"
 SHOWN = 10  # of the versions there are
@@ -34,11 +31,15 @@ class Registry:
 
     def versions(self) -> list[dict[str, Any]]:
         """All versions, the oldest first."""
-        return self._read_all("versions")
+        return self.records("versions")
 
     def promotions(self) -> list[dict[str, Any]]:
         """All promotions, the oldest first: the audit line."""
-        return self._read_all("promotions")
+        return self.records("promotions")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations that the model has pinned, the oldest first; the last one holds."""
+        return self.records("evaluations")
 
     def version(self, number: int) -> dict[str, Any]:
         """One version.
@@ -68,7 +69,7 @@ class Registry:
             for present in versions:
                 if present["key"] == document["key"]:
                     return present
-            if entry := self._create("versions", versions, document):
+            if entry := self.add_record("versions", versions, document):
                 return entry  # otherwise another took the number: look again
 
     def promote(self, version: int, reason: str, *, after: int | None = None) -> dict[str, Any]:
@@ -124,10 +125,10 @@ class Registry:
             "kind": kind,
             "replaces": last["version"],
             "reason": reason,
-            "by": _user(),
+            "by": user(),
             "time": time.time(),
         }
-        if entry := self._create("promotions", promotions, document):
+        if entry := self.add_record("promotions", promotions, document):
             return entry
         last = self.promotions()[-1]
         if last["version"] == version:
@@ -141,15 +142,37 @@ class Registry:
             "it is still right."
         )
 
-    def _create(
+    def add_record(
         self, kind: str, present: Sequence[Mapping[str, Any]], document: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Creates the next record; None where another has come first."""
-        entry = {"number": present[-1]["number"] + 1 if present else 1, **document}
-        path = f"models/{self.name}/{kind}/{entry['number']:06d}.json"
-        return entry if self.storage.create(path, json.dumps(entry, indent=1).encode()) else None
+        """Creates the next numbered record; None where another has come first.
 
-    def _read_all(self, kind: str) -> list[dict[str, Any]]:
+        Args:
+            kind: the directory, as `versions`.
+            present: those there are of the kind.
+            document: of it; a number in it is replaced.
+        """
+        number = present[-1]["number"] + 1 if present else 1
+        entry = {"number": number} | {k: v for k, v in document.items() if k != "number"}
+        return entry if self.create(kind, f"{entry['number']:06d}", entry) else None
+
+    def create(self, kind: str, name: str, document: Mapping[str, Any]) -> bool:
+        """Creates a record of a name; False where there is one.
+
+        Args:
+            kind: the directory.
+            name: of the record.
+            document: all of it.
+        """
+        path = f"models/{self.name}/{kind}/{name}.json"
+        return self.storage.create(path, json.dumps(document, indent=1).encode())
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """All records of a kind, by name.
+
+        Raises:
+            StorageError: one is missing or no JSON.
+        """
         directory = f"models/{self.name}/{kind}"
         return [self._read(f"{directory}/{name}") for name in self.storage.list(directory)]
 
@@ -202,53 +225,10 @@ def line_of_champions(promotions: Sequence[Mapping[str, Any]]) -> list[int]:
     return line
 
 
-def _user() -> str:
+def user() -> str:
+    """Who does something, and where: for the records."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # containers run under ids that have no name
         name = f"uid {os.getuid()}"
     return f"{name}@{platform.node()}"
-
-
-def promote(context: StepContext) -> dict[str, Any]:
-    """The step `promote`: records the version, and makes it champion if it scores better.
-
-    The first version of a name is its champion. A later one is promoted when its score is
-    lower under the same protocol; under another protocol the two are not compared.
-    """
-    registry = Registry(context.storage, context.config.name)
-    score = context.inputs["evaluate"]["metrics"]
-    document = describe_version(context.config, context.inputs, registry.versions())
-    version = registry.add_version(document)
-    with hold_lease(context.storage, f"models/{registry.name}"):  # judge one at a time
-        while True:
-            promotions = registry.promotions()
-            champion = registry.version(promotions[-1]["version"]) if promotions else None
-            is_promoted, reason = _judge(score, champion, version["number"])
-            if not is_promoted:
-                break
-            after = promotions[-1]["number"] if promotions else 0
-            with contextlib.suppress(BusyError):  # a person promoted another: judge against that
-                registry.promote(version["number"], reason, after=after)
-                break
-    context.note(f"version {version['number']} {'promoted' if is_promoted else 'kept'}: {reason}")
-    return {"version": version["number"], "promoted": is_promoted, "reason": reason}
-
-
-def _judge(
-    score: Mapping[str, Any], champion: Mapping[str, Any] | None, version: int
-) -> tuple[bool, str]:
-    if champion is None:
-        return True, "it is the first version"
-    if champion["number"] == version:
-        return True, "it is the champion already"
-    from pipeline.protocol import differences  # torch: only here
-
-    theirs = champion["score"]
-    if differing := differences(score["protocol"], theirs["protocol"]):
-        return False, (
-            f"its score is not comparable with version {champion['number']}'s: the protocols "
-            f"differ in {', '.join(differing)}"
-        )
-    comparison = f"{score['value']:.3f} against {theirs['value']:.3f} of the champion"
-    return score["value"] < theirs["value"], f"{score['metric']} {comparison}"

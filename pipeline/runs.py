@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.leases import read_holder
+from pipeline.leases import await_release, read_holder
 from pipeline.settings import Config
 from pipeline.storage import Storage
 from pipeline.workflow import Event, PlannedStep
+
+SWEEP = "garbage"  # whose lease `garbage.py` holds while it deletes
 
 
 def run_id(config: Config, planned: Sequence[PlannedStep]) -> str:
@@ -65,6 +67,9 @@ class RunRecord:
         }
         self.document["executions"].append(self._execution)
         self._write()
+        # A clean-up that began before this was written does not know what the run needs. One that
+        # begins later does, and spares it.
+        self.has_waited = await_release(storage, SWEEP)
 
     def plan_again(self, planned: Sequence[PlannedStep]) -> None:
         """Takes over what a step on the way has decided about those after it."""
@@ -78,6 +83,7 @@ class RunRecord:
                         "state": "planned", "action": p.action, "reason": p.reason
                     }  # fmt: skip
             self._write()
+        await_release(self.storage, SWEEP)
 
     def observe(self, event: Event) -> None:
         """Takes an event of the workflow into the record."""

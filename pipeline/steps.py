@@ -5,7 +5,7 @@ inputs; golden tests in `tests/test_steps.py` catch the change that forgets it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.settings import NOT_OF_THE_DATA_SET, Config, DataConfig
@@ -32,7 +32,36 @@ NOT_LEARNED = (
 )
 # Settings of a search that change how fast, but not what is found.
 NOT_SEARCHED = ("enabled", "max_concurrent", "train_steps", "num_steps")
+# Settings of evaluation that the score of a trial depends on, by metric; noise is drawn anew
+# behind that of the samples of `evaluate`, so that their number is one.
+OF_TRIALS = {
+    "fid": (
+        "num_samples",
+        "num_steps",
+        "spacing",
+        "eta",
+        "clip_x_start",
+        "guidance_scale",
+        "seed",
+        "interval_reference",
+    ),
+    "bits_per_dim": ("seed", "clip_x_start"),
+}
 STEP_NAMES = ("preprocess", "features", "reference", "train", "evaluate", "promote", "report")
+START_TRAINING, START_WEIGHTS = "start.training", "start.weights"  # settings of a warm start
+
+
+@dataclass(frozen=True)
+class Start:
+    """The training whose EMA weights another one begins with.
+
+    Args:
+        training: the key of its step `train`.
+        weights: the SHA-256 of the weights.
+    """
+
+    training: str
+    weights: str
 
 
 def make_steps(
@@ -40,6 +69,9 @@ def make_steps(
     shards: Sequence[InputShard],
     extractor: Mapping[str, str] | None = None,
     subject: Subject | None = None,
+    *,
+    start: Start | None = None,
+    evaluation: int = 0,
 ) -> list[Step]:
     """The workflow of a config over its shards.
 
@@ -48,6 +80,8 @@ def make_steps(
         shards: the input shards with their hashes.
         extractor: the hashes of its files, from `identify_extractor`.
         subject: what is evaluated in place of the config's training; then the workflow ends there.
+        start: what training begins from; random weights if not given.
+        evaluation: the number of the one that the model pins, where it has any.
     """
     train = config.train
     # The most that an elastic training may take: nothing runs beside it that it would wait for.
@@ -76,7 +110,7 @@ def make_steps(
             name="train",
             version=3,
             function="pipeline.train:train",
-            settings=train_settings(config),
+            settings=train_settings(config) | _start_settings(start),
             inputs=("preprocess",),
             after=() if train.fid_every is None else ("features", "reference"),
             resources=Resources(
@@ -89,7 +123,7 @@ def make_steps(
     evaluated = ("preprocess", "features", "reference")
     evaluate = Step(
         name="evaluate",
-        version=4,
+        version=5,
         function="pipeline.evaluate:evaluate",
         settings=scoring,
         inputs=(*evaluated, "train"),
@@ -114,8 +148,11 @@ def make_steps(
             converted = {"converts": True} if converts else {}
             settings = {**evaluate.settings, **mirrored, **converted}
             evaluate = replace(evaluate, settings=settings, inputs=(*evaluated, "images"))
-            title = f"{config.name}: {', '.join(sources)}"
-            return [*steps, images, evaluate, _evaluation_page(evaluate, title)]
+            # Their number is that of the samples, and too few are said at once.
+            preprocess, features, *others = steps
+            features = replace(features, after=(*features.after, "images"))
+            page = _evaluation_page(evaluate, f"{config.name}: {', '.join(sources)}")
+            return [preprocess, images, features, *others, evaluate, page]
     return [
         *steps[:-1],
         _tune_step(config),
@@ -123,9 +160,9 @@ def make_steps(
         evaluate,
         Step(
             name="promote",
-            version=1,
-            function="pipeline.registry:promote",
-            settings={"name": config.name},
+            version=2,
+            function="pipeline.gate:promote",
+            settings=_promote_settings(config, evaluation),
             inputs=("preprocess", "features", "reference", "train", "evaluate"),
         ),
         Step(
@@ -154,6 +191,20 @@ def train_settings(config: Config) -> dict[str, Any]:
     return _section(config, "model") | diffusion | train | _order(config)
 
 
+def _start_settings(start: Start | None) -> dict[str, str]:
+    """Nothing where training begins anew: its keys are those from before there was a choice."""
+    return {} if start is None else {START_TRAINING: start.training, START_WEIGHTS: start.weights}
+
+
+def _promote_settings(config: Config, evaluation: int) -> dict[str, Any]:
+    """The gate's. A version is judged again once the model pins another evaluation.
+
+    The first is pinned by the first version, whose step must be found again.
+    """
+    pinned = {"evaluation": evaluation} if evaluation > 1 else {}
+    return {"name": config.name} | _section(config, "promote") | pinned
+
+
 def _order(config: Config) -> dict[str, Any]:
     """The order of items; without a window the keys are those from before there was one."""
     window = config.data.shuffle_window
@@ -166,19 +217,19 @@ def _section(config: Config, name: str) -> dict[str, Any]:
 
 def _tune_step(config: Config) -> Step:
     """The search; no input of the others: what follows is planned from the winner's config."""
+    metric = config.tune.metric
     settings = {f"tune.{k}": v for k, v in config.tune.model_dump(mode="json").items()}
     for key in NOT_SEARCHED:
         del settings[f"tune.{key}"]
     settings |= train_settings(config) | {"train.num_steps": config.trial_steps}
     if config.train.learning_rate_decay == "cosine":
         settings["train.decay_steps"] = config.trial_steps
-    if config.tune.metric == "fid":
-        names = ("num_steps", "spacing", "eta", "clip_x_start", "guidance_scale", "seed")
-        settings |= {f"evaluate.{name}": getattr(config.evaluate, name) for name in names}
-        settings["evaluate.num_steps"] = config.tune.num_steps or config.evaluate.num_steps
+    scoring = _section(config, "evaluate")
+    scoring["evaluate.num_steps"] = config.tune.num_steps or config.evaluate.num_steps
+    settings |= {f"evaluate.{name}": scoring[f"evaluate.{name}"] for name in OF_TRIALS[metric]}
     return Step(
         name="tune",
-        version=1,
+        version=2,
         function="pipeline.tune.experiment:tune",
         settings=settings,
         inputs=("preprocess", "features", "reference"),

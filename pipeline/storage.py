@@ -10,8 +10,9 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,26 @@ Content = bytes | Sequence[memoryview]  # whole, or in parts
 _STAGED = ".staged-"
 STALE_S = 86_400.0  # a file that another host staged is left from a killed write after that
 _seen: set[Path] = set()  # directories in which this process has looked for such files
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file below the root: its path, its size, and when it was written.
+
+    Args:
+        path: below the root.
+        num_bytes: its size.
+        modified: seconds since the epoch; None where the storage does not tell.
+    """
+
+    path: str
+    num_bytes: int
+    modified: float | None
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether it is one that is being written, or was when its writer was killed."""
+        return self.path.rpartition("/")[2].startswith(_STAGED)
 
 
 class Storage(Protocol):
@@ -47,6 +68,10 @@ class Storage(Protocol):
 
     def list(self, directory: str) -> list[str]:
         """Sorted names directly below a directory; empty when there is none."""
+        ...
+
+    def files(self, directory: str) -> Iterator[StoredFile]:
+        """All files below a directory, also those that are being written."""
         ...
 
     def delete(self, path: str) -> None:
@@ -138,6 +163,15 @@ class LocalStorage:
                 return []
         return sorted(name for name in names if not name.startswith(_STAGED))
 
+    def files(self, directory: str) -> Iterator[StoredFile]:
+        for parent, _, names in os.walk(self._path(directory), onerror=_raise_unless_gone):
+            for name in names:
+                path = Path(parent, name)
+                with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                    status = path.lstat()
+                    relative = path.relative_to(self.uri).as_posix()
+                    yield StoredFile(relative, status.st_size, status.st_mtime)
+
     def delete(self, path: str) -> None:
         target = self._path(path)
         with _as_storage_error("delete", target), contextlib.suppress(FileNotFoundError):
@@ -223,6 +257,15 @@ class ObjectStorage:
                 return []
         return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
 
+    def files(self, directory: str) -> Iterator[StoredFile]:
+        filesystem, path = self._filesystem, self._path(directory)
+        with _as_storage_error("list", path):
+            filesystem.invalidate_cache()
+            found = filesystem.find(path, detail=True)
+        start = len(filesystem._strip_protocol(self.uri)) + 1
+        for name, facts in sorted(found.items()):
+            yield StoredFile(name[start:], int(facts.get("size") or 0), _time_written(facts))
+
     def delete(self, path: str) -> None:
         with (
             _as_storage_error("delete", self._path(path)),
@@ -249,6 +292,27 @@ class ObjectStorage:
                 f"Storage at {self.uri} needs a library that is not installed ({error}). "
                 f"Install raydiffusion[{extra}]."
             ) from error
+
+
+def _time_written(facts: Mapping[str, Any]) -> float | None:
+    """Of an object, from what its listing says; each kind of store has its own word."""
+    for name in ("LastModified", "mtime", "updated", "last_modified", "created"):
+        value = facts.get(name)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """What a walk does with a directory that cannot be listed."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        reason = error.strerror or str(error)
+        raise _refused("list", error.filename, reason) from error
 
 
 def join_content(content: Content) -> bytes:

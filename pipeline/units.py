@@ -7,7 +7,7 @@ that an unchanged shard is never read again. Making one is in `convert.py`, addi
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +28,23 @@ def unit_key(shard: InputShard, data: DataConfig) -> str:
     """The key of one input shard's result."""
     transform = data.model_dump(mode="json", exclude=_NOT_OF_A_UNIT)
     return hash_json([UNIT_VERSION, shard.name, shard.sha256 or "unread", transform])
+
+
+def units_of_step(settings: Mapping[str, Any]) -> list[str]:
+    """The directories of the units that a step `preprocess` or `images` rests on.
+
+    Args:
+        settings: of the step's identity.
+    """
+    transform = {
+        name: value
+        for key, value in settings.items()
+        if (name := key.removeprefix("data.")) != key and name not in _NOT_OF_A_UNIT
+    }
+    return [
+        f"steps/shard/{hash_json([UNIT_VERSION, name, sha256, transform])}"
+        for name, sha256 in settings["shards"].items()
+    ]
 
 
 def unit_directory(shard: InputShard, data: DataConfig) -> str:

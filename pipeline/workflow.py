@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -173,7 +173,10 @@ def read_artifact(storage: Storage, manifest: Mapping[str, Any], name: str) -> b
 
 
 def plan(
-    steps: Sequence[Step], storage: Storage, previous: Mapping[str, Any] | None = None
+    steps: Sequence[Step],
+    storage: Storage,
+    previous: Mapping[str, Any] | None = None,
+    pinned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[PlannedStep]:
     """Decides for each step whether it is cached, runs, or extends, and why.
 
@@ -181,9 +184,16 @@ def plan(
         steps: in topological order.
         storage: the root.
         previous: identities by step name of the last run, to name what changed.
+        pinned: manifests by step name whose results are taken in place of the step's own.
     """
     planned: dict[str, PlannedStep] = {}
     for step in steps:
+        if pinned and step.name in pinned:
+            key, identity = (pinned[step.name][part] for part in ("key", "identity"))
+            given = replace(step, inputs=(), after=())
+            reason = "its result is the one that the registry names"
+            planned[step.name] = PlannedStep(given, key, identity, key, "cached", reason)
+            continue
         identity = {
             "step": step.name,
             "version": step.version,

@@ -8,6 +8,8 @@ from pipeline.settings.config import ClusterConfig, Config, StorageConfig
 from pipeline.settings.data import CACHE_BYTES, LABEL_FIELD, NOT_OF_THE_DATA_SET, DataConfig
 from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
 from pipeline.settings.model import DiffusionConfig, ModelConfig
+from pipeline.settings.notify import NotifyConfig
+from pipeline.settings.retrain import PromoteConfig, RetrainConfig
 from pipeline.settings.section import Section
 from pipeline.settings.train import NOISE_GROUP, TrainConfig
 from pipeline.settings.tune import SpaceConfig, TuneConfig
@@ -24,6 +26,9 @@ __all__ = [
     "EvaluateConfig",
     "FeaturesConfig",
     "ModelConfig",
+    "NotifyConfig",
+    "PromoteConfig",
+    "RetrainConfig",
     "Section",
     "SpaceConfig",
     "StorageConfig",

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from pipeline.settings.data import DataConfig
 from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
 from pipeline.settings.model import DiffusionConfig, ModelConfig
+from pipeline.settings.notify import NotifyConfig
+from pipeline.settings.retrain import PromoteConfig, RetrainConfig
 from pipeline.settings.section import Positive, Section
 from pipeline.settings.train import TrainConfig
 from pipeline.settings.tune import TuneConfig, faults_of_tune
@@ -41,7 +43,11 @@ class Config(Section):
     features: FeaturesConfig = FeaturesConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
+    promote: PromoteConfig = PromoteConfig()
+    retrain: RetrainConfig = RetrainConfig()
     cluster: ClusterConfig = ClusterConfig()
+    # Where others could read it, in records, reports and what workers are sent, it is left out.
+    notify: NotifyConfig = Field(default=NotifyConfig(), exclude=True)
 
     @model_validator(mode="after")
     def _agree_across_sections(self) -> Self:

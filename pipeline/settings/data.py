@@ -15,7 +15,7 @@ MAX_ITEM_BYTES = 1 << 28  # of an image or a sequence as it is stored
 MAX_SHARD_BYTES = 1 << 30  # a task holds as much of each split
 CACHE_BYTES = 64 << 30
 # What the data set does not depend on, but only how it is found or read.
-NOT_OF_THE_DATA_SET = {"sources", "shuffle_window", "cache_bytes"}
+NOT_OF_THE_DATA_SET = {"sources", "leave_out", "shuffle_window", "cache_bytes"}
 LABEL_FIELD = "label"
 _OF_IMAGES = (
     "mode",
@@ -52,6 +52,9 @@ class DataConfig(Section):
         min_length=1,
         description="tar, zip, Parquet, IDX, npy and npz files, or directories of images: paths, "
         "globs or URIs, relative to the config file",
+    )
+    leave_out: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
+        default=(), description="SHA-256 of input shards that are not used; retrain adds held ones"
     )
     resolution: Positive | None = Field(
         default=None, description="side of the square images in pixels"

@@ -10,18 +10,28 @@ from pipeline.settings.section import Fraction, Positive, Section
 class ModelConfig(Section):
     """The U-Net; see `diffusion_core.UNetConfig` for the meaning of each."""
 
-    dim: Positive = 64
-    dim_mults: tuple[Positive, ...] = Field(default=(1, 2, 4), min_length=1)
-    attention: tuple[Literal["none", "linear", "full"], ...] = ("none", "none", "full")
-    heads: Positive = 4
-    head_dim: Positive = 32
+    dim: Positive = Field(default=64, description="channels of the first level")
+    dim_mults: tuple[Positive, ...] = Field(
+        default=(1, 2, 4),
+        min_length=1,
+        description="channels of each level as multiples of dim; each but the last halves the size",
+    )
+    attention: tuple[Literal["none", "linear", "full"], ...] = Field(
+        default=("none", "none", "full"), description="of each level"
+    )
+    heads: Positive = Field(default=4, description="of attention")
+    head_dim: Positive = Field(default=32, description="channels of a head")
     memory_kv: int = Field(default=0, ge=0, description="learned keys and values in attention")
-    norm: Literal["group", "rms"] = "group"
-    norm_groups: Positive = 8
-    downsample: Literal["unshuffle", "strided"] = "unshuffle"
-    time_features: Literal["sinusoidal", "learned", "random"] = "sinusoidal"
+    norm: Literal["group", "rms"] = Field(default="group", description="GroupNorm or RMSNorm")
+    norm_groups: Positive = Field(default=8, description="of GroupNorm")
+    downsample: Literal["unshuffle", "strided"] = Field(
+        default="unshuffle", description="how the size is halved"
+    )
+    time_features: Literal["sinusoidal", "learned", "random"] = Field(
+        default="sinusoidal", description="of the timestep"
+    )
     class_conditional: bool = Field(default=False, description="tell the network the labels")
-    dropout: Fraction = 0.0
+    dropout: Fraction = Field(default=0.0, description="share of units that training drops")
 
     @model_validator(mode="after")
     def _one_attention_a_level(self) -> Self:
@@ -43,15 +53,21 @@ class DiffusionConfig(Section):
 
     schedule: Literal[
         "linear", "scaled_linear", "cosine", "sigmoid", "sqrt", "logistic", "lerp"
-    ] = "cosine"
-    schedule_options: dict[str, float | bool] = Field(default={})
+    ] = Field(default="cosine", description="of the noise")
+    schedule_options: dict[str, float | bool] = Field(
+        default={}, description="of the schedule, by name"
+    )
     zero_terminal_snr: bool = Field(
         default=False, description="shift and scale the signal so that the last step is noise alone"
     )
-    num_train_timesteps: Positive = 1000
-    objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = "pred_v"
-    weighting: Literal["uniform", "snr", "min_snr", "vlb"] = "uniform"
-    gamma: float = Field(default=5.0, gt=0)
+    num_train_timesteps: Positive = Field(default=1000, description="T, the steps of the schedule")
+    objective: Literal["pred_noise", "pred_x0", "pred_v", "pred_flow"] = Field(
+        default="pred_v", description="what the network learns to tell"
+    )
+    weighting: Literal["uniform", "snr", "min_snr", "vlb"] = Field(
+        default="uniform", description="of the loss over timesteps"
+    )
+    gamma: float = Field(default=5.0, gt=0, description="of min_snr")
     offset_noise: float = Field(default=0.0, ge=0, description="strength; 0.1 is usual")
     self_condition: bool = Field(
         default=False, description="show the network its own guess of the clean image"

@@ -22,8 +22,8 @@ class TrainConfig(Section):
     num_workers: Positive | tuple[Positive, Positive] = Field(
         default=1, description="data-parallel workers; [min, max]: as many as there is room for"
     )
-    cpus_per_worker: Positive = 1
-    use_gpu: bool = False
+    cpus_per_worker: Positive = Field(default=1, description="threads of each worker")
+    use_gpu: bool = Field(default=False, description="one for each worker")
     num_steps: Positive = Field(
         default=10_000,
         description="optimiser steps; raising it extends a run, but for the cosine's, which is "
@@ -37,16 +37,22 @@ class TrainConfig(Section):
         default="auto", description="of the network's arithmetic; auto: bf16 on GPUs that have it"
     )
     compile: bool = Field(default=False, description="with torch.compile")
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW")
     learning_rate_decay: Literal["constant", "cosine"] = Field(
         default="constant", description="after the warm-up; cosine ends at 0 with num_steps"
     )
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(
+        default=100, ge=0, description="in which the learning rate rises from 0"
+    )
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    ema_decay: Fraction = 0.999
-    timestep_draw: Literal["uniform", "antithetic", "stratified"] = "uniform"
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="longer gradients are shortened to it"
+    )
+    ema_decay: Fraction = Field(default=0.999, description="of the weights' moving average")
+    timestep_draw: Literal["uniform", "antithetic", "stratified"] = Field(
+        default="uniform", description="how the timesteps of a batch are drawn"
+    )
     horizontal_flip: bool = Field(default=False, description="mirror half of the images")
     label_dropout: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="share of labels hidden, for guidance"
@@ -77,7 +83,7 @@ class TrainConfig(Section):
         le=MAX_PATIENCE_S,
         description="how long a checkpoint that cannot be written or read is tried again",
     )
-    seed: Seed = 0
+    seed: Seed = Field(default=0, description="of the weights, the order and the noise")
 
     @property
     def min_workers(self) -> int:

@@ -1,36 +1,18 @@
-import json
 import multiprocessing
-import os
-import signal
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config import load_config
 from pipeline.errors import BusyError, ConfigError, StorageError
-from pipeline.registry import (
-    Registry,
-    _judge,
-    line_of_champions,
-    list_models,
-    open_registry,
-    promote,
-)
-from pipeline.settings import Config
+from pipeline.registry import Registry, line_of_champions, list_models, open_registry
 from pipeline.storage import LocalStorage, open_storage
-from pipeline.workflow import PlannedStep, Step, StepContext
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     return Registry(LocalStorage(str(tmp_path)), "m")
-
-
-def score(value: float, **protocol: object) -> dict:
-    return {"metric": "fid[x]", "value": value, "protocol": {"seed": 0, **protocol}}
 
 
 def test_versions_are_numbered_and_found_again(registry: Registry) -> None:
@@ -65,17 +47,6 @@ def test_many_at_once_lose_nothing(registry: Registry) -> None:
         thread.join()
     assert [v["number"] for v in registry.versions()] == list(range(1, 13))
     assert {v["key"] for v in registry.versions()} == {str(k) for k in range(12)}
-
-
-def test_judges_only_what_is_comparable() -> None:
-    champion = {"number": 1, "score": score(10.0)}
-    assert _judge(score(20.0), None, 1) == (True, "it is the first version")
-    assert _judge(score(9.0), champion, 2)[0]
-    assert not _judge(score(11.0), champion, 2)[0]
-    assert _judge(score(10.0), champion, 1)[0]
-    is_promoted, reason = _judge(score(1.0, eta=1.0), champion, 2)
-    assert not is_promoted
-    assert "the protocols differ in eta" in reason
 
 
 def test_a_rollback_goes_back_along_the_line_and_never_forward(registry: Registry) -> None:
@@ -172,86 +143,3 @@ def test_of_two_promotions_at_once_one_is_made_and_the_other_told(
     assert answers[loser].startswith(f"Version {winner} of m was promoted meanwhile by ")
     assert f"and version {loser} was not" in answers[loser]
     assert [p["version"] for p in registry.promotions()] == [1, winner]
-
-
-def manifests(num_steps: int, value: float, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Of the steps before `promote`: a training of so many steps, and its score."""
-
-    def manifest(name: str, **fields: Any) -> dict[str, Any]:
-        identity = {"step": name, "version": 3, "settings": {}, "inputs": {}}
-        key = f"{name}-{num_steps}-{seed}"
-        return {"key": key, "identity": identity, "metrics": {}, "artifacts": {}, **fields}
-
-    train = manifest(
-        "train",
-        metrics={"num_steps": num_steps, "images_seen": 32 * num_steps},
-        artifacts={"ema.safetensors": {"sha256": f"weights-{num_steps}"}},
-    )
-    train["identity"]["settings"] = {"train.num_steps": num_steps, "train.seed": seed}
-    return {
-        **{name: manifest(name) for name in ("preprocess", "features", "reference")},
-        "train": train,
-        "evaluate": manifest("evaluate", metrics=score(value)),
-    }
-
-
-def step_promote(config: Config, root: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    step = Step("promote", 1, "pipeline.registry:promote", {})
-    planned = PlannedStep(step, "k", {}, "k", "run", "it never ran")
-    return promote(
-        StepContext(config, open_storage(root), planned, inputs, observer=lambda event: None)
-    )
-
-
-def test_a_version_knows_what_it_came_from(tiny_config: Path, tmp_path: Path) -> None:
-    config, root = load_config(tiny_config), str(tmp_path / "runs")
-    for made in (manifests(100, 9.0), manifests(50, 8.0, seed=1), manifests(200, 7.0)):
-        step_promote(config, root, made)
-    first, other, third = Registry(open_storage(root), "tiny").versions()
-    assert (first["parent"], other["parent"], third["parent"]) == (None, None, 1)
-    assert third["lineage"]["preprocess"] == "preprocess-200-0"
-    assert third["weights"] == "weights-200"
-    assert third["checkpoint"]["global_step"] == 200
-    assert third["checkpoint"]["series"] == first["checkpoint"]["series"]
-    assert third["checkpoint"]["series"] != other["checkpoint"]["series"]
-    assert third["config"] == config.model_dump(mode="json")
-    assert third["score"]["protocol"] == {"seed": 0}
-    assert third["code"]["sha256"]
-    assert third["code"]["steps"]["train"] == 3
-    again = step_promote(config, root, manifests(200, 7.0))
-    assert again["version"] == 3  # the same training, scored in the same way
-
-
-def promote_until_killed(config: Config, root: str, kill_after: int) -> None:
-    """In a process of its own: the step, with SIGKILL right after the n-th file is in place."""
-    link, count = os.link, [0]
-
-    def counting_link(source: Any, target: Any) -> None:
-        link(source, target)
-        count[0] += 1
-        if count[0] == kill_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.link = counting_link
-    step_promote(config, root, manifests(100, 9.0))
-
-
-@pytest.mark.parametrize("kill_after", [1, 2, 3])  # the version, the lease, the promotion
-def test_a_kill_between_the_writes_leaves_nothing_half_written(
-    kill_after: int, tiny_config: Path, tmp_path: Path
-) -> None:
-    config, root = load_config(tiny_config), str(tmp_path / "runs")
-    process = multiprocessing.get_context("spawn").Process(
-        target=promote_until_killed, args=(config, root, kill_after)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    registry = Registry(open_storage(root), "tiny")
-    assert [v["number"] for v in registry.versions()] == [1]
-    assert len(registry.promotions()) == (kill_after == 3)
-    assert step_promote(config, root, manifests(100, 9.0))["promoted"]
-    assert [v["number"] for v in registry.versions()] == [1]
-    assert [p["version"] for p in registry.promotions()] == [1]
-    files = sorted((tmp_path / "runs" / "models" / "tiny").rglob("*.json"))
-    assert all(json.loads(path.read_text()) for path in files)

@@ -1,0 +1,213 @@
+"""The gate: which version becomes the champion by itself, and the step `promote` that asks it.
+
+A challenger is judged by its score under the evaluation that the model pins (`pinning.py`), against
+the champion's under the same protocol. What memorises or makes broken samples is refused whatever
+it scores. A person's `promote` does not ask the gate.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import BusyError
+from pipeline.leases import hold_lease
+from pipeline.lineage import describe_version
+from pipeline.pinning import find_score, is_pinned, pin_first, scores_of
+from pipeline.protocol import compare_records, differences
+from pipeline.registry import ROLLBACK, Registry
+from pipeline.scores import show_number
+from pipeline.settings.retrain import PromoteConfig
+from pipeline.workflow import StepContext
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a version, in one sentence with the numbers."""
+
+    is_promoted: bool
+    reason: str
+    asks: bool = False  # a person is to decide
+
+
+def promote(context: StepContext) -> dict[str, Any]:
+    """The step `promote`: records the version, pins the first one's evaluation, asks the gate."""
+    registry = Registry(context.storage, context.config.name)
+    document = describe_version(context.config, context.inputs, registry.versions())
+    number = registry.add_version(document)["number"]
+    verdict = ask(registry, number, context.config.promote)
+    word = "promoted" if verdict.is_promoted else "kept"
+    context.note(f"version {number} {word}: {verdict.reason}")
+    return {
+        "version": number,
+        "promoted": verdict.is_promoted,
+        "reason": verdict.reason,
+        "asks": verdict.asks,
+    }
+
+
+def ask(registry: Registry, number: int, settings: PromoteConfig) -> Verdict:
+    """Judges a version against the champion of the moment, and promotes it if it is to be.
+
+    Asked again, it says the same as long as the champion is the same.
+
+    Args:
+        registry: of the model.
+        number: of the version.
+        settings: of the gate.
+    """
+    version = registry.version(number)
+    with hold_lease(registry.storage, f"models/{registry.name}"):  # judge one at a time
+        evaluation = pin_first(registry)
+        while True:
+            promotions = registry.promotions()
+            verdict = decide(registry, version, promotions, evaluation, settings)
+            last = promotions[-1] if promotions else {"number": 0, "version": None}
+            if not verdict.is_promoted or last["version"] == number:
+                return verdict
+            with contextlib.suppress(BusyError):  # a person promoted another: judge against that
+                registry.promote(number, verdict.reason, after=last["number"])
+                return verdict
+
+
+def decide(
+    registry: Registry,
+    version: Mapping[str, Any],
+    promotions: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Any],
+    settings: PromoteConfig,
+) -> Verdict:
+    """Judges a version against the champion of the moment; changes nothing.
+
+    Args:
+        registry: of the model.
+        version: its record.
+        promotions: all of the model, the oldest first.
+        evaluation: the one that is pinned.
+        settings: of the gate.
+    """
+    number, name = version["number"], registry.name
+    if promotions and promotions[-1]["version"] == number:
+        return Verdict(True, promotions[-1]["reason"])  # it is the champion, as the record says
+    for promotion in reversed(promotions):
+        if promotion.get("kind") == ROLLBACK and promotion["replaces"] == number:
+            return Verdict(
+                False,
+                f"it was rolled back by {promotion['by']} ({promotion['reason']}), and only a "
+                f"person promotes it again: {_command(name, number)}",
+            )
+    if not promotions:
+        return judge(version["score"], None, settings, command=_command(name, number))
+    champion = registry.version(promotions[-1]["version"])
+    if not is_pinned(evaluation, version["lineage"]):
+        return Verdict(
+            False,
+            "its score is not comparable: it is under another reference or extractor than "
+            f"evaluation {evaluation['number']}, which {name} pins. `raydiffusion retrain CONFIG` "
+            "scores under the pinned one, `raydiffusion accept-reference CONFIG` pins another",
+        )
+    theirs = find_score(registry, champion, version["score"]["protocol"])
+    if theirs is None:
+        return Verdict(False, _not_comparable(registry, version, champion))
+    names = (f"version {champion['number']}", f"version {number}")
+    return judge(version["score"], theirs, settings, names=names, command=_command(name, number))
+
+
+def judge(
+    score: Mapping[str, Any],
+    champion: Mapping[str, Any] | None,
+    settings: PromoteConfig,
+    *,
+    names: tuple[str, str] = ("the champion", "the challenger"),
+    command: str = "raydiffusion promote",
+) -> Verdict:
+    """Judges a score against the champion's under the same protocol.
+
+    Args:
+        score: of the challenger.
+        champion: the champion's; None where there is none.
+        settings: of the gate.
+        names: of the champion and the challenger, for people.
+        command: that promotes the challenger.
+    """
+    if fault := fault_of(score, settings):
+        return Verdict(False, fault)
+    if champion is None:
+        reason, is_better = "there is no champion before it", True
+    else:
+        reason, is_better = _compare(score, champion, settings, names)
+    if settings.rule == "ask":
+        return Verdict(False, f'promote.rule = "ask", and {reason}. {command}', asks=True)
+    return Verdict(is_better, reason)
+
+
+def fault_of(score: Mapping[str, Any], settings: PromoteConfig) -> str | None:
+    """What keeps a model from being the champion whatever it scores; None where nothing does.
+
+    Args:
+        score: its record.
+        settings: of the gate.
+    """
+    broken = score.get("degenerate")
+    if broken and broken["constant"] > settings.max_degenerate_fraction * broken["count"]:
+        return (
+            f"{broken['constant']:,} of its {broken['count']:,} samples are of one value "
+            f"throughout, more than promote.max_degenerate_fraction = "
+            f"{settings.max_degenerate_fraction:.1%}"
+        )
+    copies = score.get("copies")
+    if copies and copies["is_memorising"] and not settings.allow_memorising:
+        return (
+            f"it memorises: {copies['share']:.1%} of its samples are near-copies of training "
+            f"images, where {copies['held_out_share']:.1%} of held-out images are, and "
+            "promote.allow_memorising is false"
+        )
+    return None
+
+
+def _compare(
+    score: Mapping[str, Any],
+    champion: Mapping[str, Any],
+    settings: PromoteConfig,
+    names: tuple[str, str],
+) -> tuple[str, bool]:
+    comparison = compare_records(names, (champion, score))
+    ours, theirs = score["value"], champion["value"]
+    numbers = (
+        f"{score['metric']} is {show_number(ours)} against {show_number(theirs)} of {names[0]}"
+    )
+    if settings.rule == "not_worse":
+        limit = theirs * (1 + settings.tolerance)
+        relation = "at most" if ours <= limit else "above"
+        share = f"{settings.tolerance:.1%}"
+        return f"{numbers}, {relation} {show_number(limit)}, which is {share} worse", ours <= limit
+    if comparison.is_beyond_chance is None:
+        word = "lower" if ours < theirs else "not lower"
+        return f"{numbers}: {word}, with too few samples for intervals", ours < theirs
+    intervals = " and ".join(
+        f"[{show_number(record['unbiased']['low'])}, {show_number(record['unbiased']['high'])}]"
+        for record in (score, champion)
+    )
+    if ours >= theirs:
+        return f"{numbers}: not lower; without bias {intervals}", False
+    if comparison.is_beyond_chance:
+        return f"{numbers}, and without bias {intervals} lie apart", True
+    return f"{numbers}, but without bias {intervals} overlap", False
+
+
+def _not_comparable(
+    registry: Registry, version: Mapping[str, Any], champion: Mapping[str, Any]
+) -> str:
+    """Why the champion has no score to compare with: the fields of the nearest one."""
+    protocol = version["score"]["protocol"]
+    found = [differences(protocol, s["protocol"]) for s in scores_of(registry, champion)]
+    nearest = min(found, key=len)
+    return (
+        f"its score is not comparable with version {champion['number']}'s: the protocols differ in "
+        f"{', '.join(nearest)}. Set them back, or score the champion in this way as well: "
+        "`raydiffusion accept-reference CONFIG`"
+    )
+
+
+def _command(name: str, version: int) -> str:
+    return f"`raydiffusion promote {name} {version} --reason WHY`"

@@ -1,0 +1,377 @@
+"""One cycle of `retrain`: new shards are tested and trained on, and the model is judged.
+
+A cycle is idempotent. It is recorded when it begins (`cycles.py`): what there was then, and the
+champion that it starts from, so that a killed one goes on in the same way whatever happened since;
+the record of its end is made last. Its steps are those of the workflow, but that the results of
+`features` and `reference` are the ones that the model pins, and that `train` may begin with the
+champion's weights. Shards that are unlike the pinned reference are held and left out.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.cluster import connect
+from pipeline.cycles import (
+    begin_cycle,
+    describe_drift,
+    end_cycle,
+    held_shards,
+    hold_cycle,
+    hold_shard,
+    last_cycle,
+    release_shard,
+    released,
+)
+from pipeline.driver import Basis, Outcome, Plan, bring_about, make_plan, run_config
+from pipeline.errors import ConfigError
+from pipeline.identities import OnHash
+from pipeline.pinning import find_score, input_hashes, pin_first, pinned_manifests, scores_of
+from pipeline.preflight import before_ray, require
+from pipeline.registry import Registry
+from pipeline.settings import Config
+from pipeline.sources import InputShard, list_inputs
+from pipeline.steps import Start, make_steps
+from pipeline.storage import open_storage
+from pipeline.workflow import Event, Observer, hash_json
+
+if TYPE_CHECKING:
+    from pipeline.gate import Verdict
+
+State = Literal["nothing_new", "promoted", "kept", "asks", "held"]
+KEYED_BY = ("preprocess", "train", "evaluate", "promote")  # steps whose settings tell cycles apart
+OF_THE_NETWORK = ("objective", "self_condition", "learned_variance")  # of the section diffusion
+SHOWN = 3  # names of shards in a sentence
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """What a call of `retrain` did.
+
+    Args:
+        state: nothing was new; the new version was promoted, kept by the gate, or waits for a
+            person (`promote.rule = "ask"`); or all that was new is held.
+        sentence: for people.
+        number: of the cycle; None where there was nothing to do.
+        new: names of the new or changed input shards.
+        held: the records of shards that are held, of this cycle and, where nothing was new, from
+            before.
+        unjudged: names of the new shards that have too few items to be tested.
+        version: the number of the new version.
+        outcome: of the workflow.
+    """
+
+    state: State
+    sentence: str
+    number: int | None = None
+    new: tuple[str, ...] = ()
+    held: tuple[Mapping[str, Any], ...] = ()
+    unjudged: tuple[str, ...] = ()
+    version: int | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the gate refused the model, or the drift test all that is new."""
+        return self.state in ("kept", "held")
+
+
+def retrain(
+    config: Config,
+    *,
+    observer: Observer,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_hash: OnHash | None = None,
+    target: str = "CONFIG",
+    accept_held: Sequence[str] = (),
+    reason: str = "accepted",
+) -> Cycle:
+    """Does one cycle, or what is left of one; nothing where no input shard is new.
+
+    Args:
+        config: the whole config.
+        observer: told what happens.
+        on_plan: told the plan that will be followed.
+        on_hash: told the number of files and bytes that are read before there is a plan.
+        target: the config and its options as typed into a shell, for commands on pages.
+        accept_held: names or hashes of held shards that are taken in.
+        reason: of taking them in, for the record.
+
+    Raises:
+        BusyError: another process retrains this model.
+        RaydiffusionError: with the sentence for the user and the exit code. The cycle is not over
+            then: the next call goes on with it.
+    """
+    if config.tune.enabled:
+        raise ConfigError(
+            "retrain does not search, and tune.enabled asks for a search. Put what `raydiffusion "
+            "tune` recommended into the config, and set tune.enabled = false."
+        )
+    storage = open_storage(config.storage.root)
+    registry = Registry(storage, config.name)
+    shards = list_inputs(config.data, storage, on_hash=on_hash).shards
+    with hold_cycle(registry):
+        for which in accept_held:
+            release_shard(registry, which, reason)
+        cycle = _find_cycle(registry, config, shards)
+        if isinstance(cycle, Cycle):
+            return cycle
+        return _go_through(registry, config, shards, cycle, observer, on_plan, target)
+
+
+def _find_cycle(
+    registry: Registry, config: Config, shards: Sequence[InputShard]
+) -> dict[str, Any] | Cycle:
+    """The record of the cycle to go through, begun before or now; or that nothing is new."""
+    number = len(registry.evaluations())
+    key = cycle_key(config, shards, released(registry), number)
+    last = last_cycle(registry)
+    if last is not None and last["key"] == key:
+        return last if last["outcome"] is None else _nothing_new(registry, last["outcome"])
+    champion = registry.champion()
+    known = (
+        set[str]()
+        if champion is None
+        else input_hashes(registry.storage, champion["lineage"]["preprocess"])
+    )
+    new = {s.name: s.sha256 for s in shards if s.sha256 not in known}
+    if not new:
+        return _nothing_new(registry, None)
+    evaluation = pin_first(registry) if registry.versions() else None
+    start = None
+    if champion is not None and evaluation is not None:
+        _check_comparable(registry, config, champion, evaluation)
+        start = _start_from(config, champion)
+    return begin_cycle(
+        registry,
+        {
+            "key": key,
+            "shards": {shard.name: shard.sha256 for shard in shards},
+            "new": new,
+            "champion": champion and champion["number"],
+            "start": start and {"training": start.training, "weights": start.weights},
+            "evaluation": 0 if evaluation is None else evaluation["number"],
+        },
+    )
+
+
+def cycle_key(
+    config: Config, shards: Sequence[InputShard], taken: set[str], evaluation: int
+) -> str:
+    """The same for the same input under the same settings: such a cycle is done once.
+
+    Args:
+        config: the whole config.
+        shards: the input shards with their hashes.
+        taken: the hashes of the shards that a person took in.
+        evaluation: the number of the pinned one.
+    """
+    steps = make_steps(config, shards, evaluation=evaluation)
+    settings = {step.name: dict(step.settings) for step in steps if step.name in KEYED_BY}
+    present = sorted(taken & {shard.sha256 or "" for shard in shards})
+    return hash_json([settings, config.retrain.model_dump(mode="json"), present])
+
+
+def _go_through(
+    registry: Registry,
+    config: Config,
+    shards: Sequence[InputShard],
+    cycle: Mapping[str, Any],
+    observer: Observer,
+    on_plan: Callable[[Plan], None],
+    target: str,
+) -> Cycle:
+    basis = _basis_of(registry, cycle)
+    if cycle["champion"] is not None and config.retrain.num_steps is not None:
+        train = config.train.model_copy(update={"num_steps": config.retrain.num_steps})
+        config = config.model_copy(update={"train": train})
+    _tell(observer, f"cycle {cycle['number']}: {_said(list(cycle['new']))} new or changed")
+    if basis is not None and (differing := _unused_features(config, shards, basis)):
+        _tell(
+            observer,
+            f"{', '.join(differing)} is not that of evaluation {basis.evaluation}, which the model "
+            "pins and which scores this cycle; `raydiffusion accept-reference CONFIG` would pin it",
+        )
+    with contextlib.ExitStack() as stack:
+        if not make_plan(config, basis=basis).is_cached:
+            require(before_ray(config, registry.storage, trains=True, draws=True))
+            stack.enter_context(connect(config))  # one Ray for all of the cycle
+        held, unjudged = _test(registry, config, shards, cycle, basis, observer)
+        facts: dict[str, Any] = {
+            "number": cycle["number"],
+            "new": tuple(cycle["new"]),
+            "held": tuple(held),
+            "unjudged": tuple(unjudged),
+        }
+        if held and len(held) == len(cycle["new"]):
+            reasons = "; ".join(f"{record['shard']}: {record['reason']}" for record in held)
+            sentence = (
+                f"All that is new is held, and nothing was trained ({reasons}). Look at it; "
+                "`--accept-held SHARD` takes a shard in"
+            )
+            end_cycle(registry, cycle["number"], _outcome("held", sentence, held))
+            return Cycle("held", f"{sentence}.", **facts)
+        left_out = (*config.data.leave_out, *(record["sha256"] for record in held))
+        data = config.data.model_copy(update={"leave_out": left_out})
+        outcome = run_config(
+            config.model_copy(update={"data": data}),
+            observer=observer,
+            on_plan=on_plan,
+            basis=basis,
+            target=target,
+        )
+    version = outcome.manifests["promote"]["metrics"]["version"]
+    # The step may have been done before, and another promoted or this one rolled back since.
+    verdict = _ask(registry, version, config)
+    state: State = "promoted" if verdict.is_promoted else "asks" if verdict.asks else "kept"
+    said = {
+        "promoted": "is the champion",
+        "asks": "waits for a decision",
+        "kept": "is kept, and the champion stays",
+    }[state]
+    sentence = f"Version {version} of {registry.name} {said}: {verdict.reason}"
+    ended = _outcome(state, sentence, held, version, outcome.plan.run)
+    end_cycle(registry, cycle["number"], ended)
+    return Cycle(state, f"{sentence}.", version=version, outcome=outcome, **facts)
+
+
+def _ask(registry: Registry, version: int, config: Config) -> "Verdict":
+    from pipeline.gate import ask  # torch: not where nothing is new
+
+    return ask(registry, version, config.promote)
+
+
+def _outcome(
+    state: State,
+    sentence: str,
+    held: Sequence[Mapping[str, Any]],
+    version: int | None = None,
+    run: str | None = None,
+) -> dict[str, Any]:
+    shown = [{name: record[name] for name in ("shard", "sha256", "reason")} for record in held]
+    return {"state": state, "sentence": sentence, "version": version, "run": run, "held": shown}
+
+
+def _nothing_new(registry: Registry, outcome: Mapping[str, Any] | None) -> Cycle:
+    sentence = "Nothing new: no input shard that the champion was not trained on"
+    if outcome is not None:
+        sentence = f"Nothing new since cycle {outcome['number']} ({outcome['sentence']})"
+    return Cycle("nothing_new", f"{sentence}.", held=tuple(held_shards(registry)))
+
+
+def _basis_of(registry: Registry, cycle: Mapping[str, Any]) -> Basis | None:
+    """What a cycle was begun with; None for the first training of a model."""
+    if not cycle["evaluation"]:
+        return None
+    evaluation = registry.evaluations()[cycle["evaluation"] - 1]
+    start = None if cycle["start"] is None else Start(**cycle["start"])
+    pinned = pinned_manifests(registry.storage, evaluation)
+    return Basis(pinned, start, evaluation["number"])
+
+
+def _test(
+    registry: Registry,
+    config: Config,
+    shards: Sequence[InputShard],
+    cycle: Mapping[str, Any],
+    basis: Basis | None,
+    observer: Observer,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of new shards that have drifted, and the names of those too small to tell."""
+    if basis is None or not config.retrain.check_drift:
+        return [], []
+    data_key = basis.pinned["reference"]["identity"]["inputs"]["preprocess"]
+    passed = released(registry) | input_hashes(registry.storage, data_key)
+    suspects = [s for s in shards if s.name in cycle["new"] and s.sha256 not in passed]
+    if not suspects:
+        return [], []
+    from pipeline.dataset import read_dataset  # torch: not where nothing is new
+    from pipeline.drift import measure_shards
+
+    planned = make_plan(config, ("preprocess",), basis=basis)
+    data = bring_about(config, planned, observer=observer)["preprocess"]
+    measured = measure_shards(
+        registry.storage,
+        read_dataset(registry.storage, data),
+        [shard.name for shard in suspects],
+        basis.pinned,
+        factor=config.retrain.drift_factor,
+        cache_bytes=config.data.cache_bytes,
+    )
+    held = []
+    for shard in suspects:
+        drift = measured[shard.name]
+        if drift is None:
+            _tell(observer, f"{shard.name} has too few items to be tested for drift, and is used")
+            continue
+        word = "held" if drift.has_drifted else "passes"
+        _tell(observer, f"{shard.name} {word}: {describe_drift(drift)}")
+        if drift.has_drifted:
+            held.append(hold_shard(registry, shard, basis.evaluation, drift))
+    return held, [name for name, drift in measured.items() if drift is None]
+
+
+def _unused_features(config: Config, shards: Sequence[InputShard], basis: Basis) -> list[str]:
+    """Settings of the extractor that are not those of the pinned one."""
+    (step,) = (step for step in make_steps(config, shards) if step.name == "features")
+    theirs = basis.pinned["features"]["identity"]["settings"]
+    return [name for name, value in step.settings.items() if theirs.get(name, value) != value]
+
+
+def _start_from(config: Config, champion: Mapping[str, Any]) -> Start | None:
+    """The champion's training, where the cycle is to begin with it and can."""
+    if config.retrain.start == "scratch":
+        return None
+    wanted, theirs = config.model_dump(mode="json"), champion["config"]
+    differing = [
+        f"{section}.{name}"
+        for section, names in (("model", wanted["model"]), ("diffusion", OF_THE_NETWORK))
+        for name in names
+        if wanted[section][name] != theirs[section].get(name, wanted[section][name])
+    ]
+    if differing:
+        raise ConfigError(
+            f'retrain.start = "champion" goes on with the network of version '
+            f"{champion['number']}, and the config has another {', '.join(differing)}. Set "
+            'retrain.start = "scratch", or set it back.'
+        )
+    return Start(champion["lineage"]["train"], champion["weights"])
+
+
+def _check_comparable(
+    registry: Registry,
+    config: Config,
+    champion: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> None:
+    """Refuses a cycle at whose end nothing could be compared."""
+    from pipeline.evaluate import REFERENCE_SPLIT  # torch: not where nothing is new
+    from pipeline.protocol import differences, make_protocol
+
+    pinned = pinned_manifests(registry.storage, evaluation)
+    protocol = make_protocol(
+        config,
+        pinned["features"],
+        pinned["reference"],
+        split=REFERENCE_SPLIT,
+        num_samples=config.evaluate.num_samples,
+    )
+    if find_score(registry, champion, protocol) is not None:
+        return
+    found = [differences(protocol, s["protocol"]) for s in scores_of(registry, champion)]
+    raise ConfigError(
+        f"Version {champion['number']}, the champion of {registry.name}, has no score like those "
+        f"this config would give (they differ in {', '.join(min(found, key=len))}), and the new "
+        "model could not be judged. Set these back, or run `raydiffusion accept-reference CONFIG`, "
+        "which scores the champion again."
+    )
+
+
+def _said(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def _tell(observer: Observer, text: str) -> None:
+    observer(Event("note", "retrain", {"text": text}))

@@ -1,0 +1,152 @@
+"""`accept-reference`: the champion's score first, the pin last; the work is in the story."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import accept as module
+from pipeline.accept import Accepted, accept_reference, config_of_champion
+from pipeline.config import load_config
+from pipeline.driver import Basis
+from pipeline.errors import ConfigError, StorageError
+from pipeline.pinning import find_score, pin_first
+from pipeline.registry import Registry
+from pipeline.settings import Config
+from pipeline.storage import LocalStorage
+
+KEYS = {name: f"{name}-1" for name in ("preprocess", "features", "reference", "train", "evaluate")}
+
+
+def score(reference: str) -> dict[str, Any]:
+    facts = {"reference_split": "test", "reference_count": 9, "extractor": "x"}
+    protocol = {"reference": reference, "extractor_sha256": "h", "feature_width": 4, **facts}
+    return {"metric": "fid[x]", "value": 9.0, "protocol": protocol}
+
+
+class Model:
+    """A model with a champion, whose work is done at once and under another reference."""
+
+    def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config = config
+        self.registry = Registry(LocalStorage(config.storage.root), "tiny")
+        self.planned: list[tuple[Config, Basis]] = []
+        self.notes: list[str] = []
+        self.keys = {**KEYS, "preprocess": "preprocess-2", "reference": "reference-2"}
+        self.keys["evaluate"] = "evaluate-2"
+        monkeypatch.setattr(module, "make_plan", self._plan)
+        monkeypatch.setattr(module, "bring_about", self._bring_about)
+        manifest = b'{"key": "train-1"}'
+        self.registry.storage.create("steps/train/train-1/manifest.json", manifest)
+        champion = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
+        self.registry.add_version(
+            {
+                "key": "a",
+                "lineage": KEYS,
+                "score": score("reference-1"),
+                "config": champion.model_dump(mode="json"),
+            }
+        )
+
+    def accept(self) -> Accepted:
+        def observe(event: Any) -> None:
+            self.notes.append(event.fields["text"])
+
+        return accept_reference(self.config, observer=observe, reason="new pens")
+
+    def _plan(self, config: Config, targets: Any, *, basis: Basis, **_: Any) -> None:
+        assert targets == ("evaluate",)
+        self.planned.append((config, basis))
+
+    def _bring_about(self, *_: Any, **__: Any) -> dict[str, dict[str, Any]]:
+        made: dict[str, dict[str, Any]] = {name: {"key": k} for name, k in self.keys.items()}
+        made["evaluate"]["metrics"] = score(self.keys["reference"])
+        return made
+
+
+@pytest.fixture
+def model(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    config = load_config(tiny_config, [f"storage.root={tmp_path / 'runs'}"])
+    return Model(config, monkeypatch)
+
+
+def test_another_evaluation_is_pinned_and_the_champion_scored(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    accepted = model.accept()
+    assert (accepted.is_new, accepted.evaluation["number"], accepted.version) == (True, 2, 1)
+    first, second = model.registry.evaluations()
+    assert (first["reference"], first["data"]) == ("reference-1", "preprocess-1")
+    assert (second["reference"], second["data"]) == ("reference-2", "preprocess-2")
+    assert (second["reason"], bool(second["by"]), bool(second["time"])) == ("new pens", True, True)
+    found = find_score(model.registry, model.registry.version(1), score("reference-2")["protocol"])
+    assert found == accepted.score
+    ((config, basis),) = model.planned
+    assert config.train.seed == 7  # what belongs to the weights is the champion's
+    assert basis.pinned == {"train": {"key": "train-1"}}
+
+
+def test_accepted_again_nothing_changes(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    first = model.accept()
+    again = model.accept()
+    assert (again.is_new, again.evaluation) == (False, first.evaluation)
+    assert len(model.registry.evaluations()) == 2
+    assert len(model.registry.records("scores")) == 1
+
+
+def test_the_reference_that_is_pinned_needs_no_other_score(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    model.keys = dict(KEYS)
+    assert not model.accept().is_new
+    assert model.registry.records("scores") == []
+    assert len(model.registry.evaluations()) == 1
+
+
+def test_killed_before_the_pin_the_old_one_holds(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.registry.promote(1, "the first")
+    pin_first(model.registry)
+
+    def fail(*_: Any) -> None:
+        raise StorageError("It is away. Wait.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Registry, "add_record", fail)
+        with pytest.raises(StorageError):
+            model.accept()
+    assert len(model.registry.evaluations()) == 1
+    assert model.accept().evaluation["number"] == 2
+    assert len(model.registry.records("scores")) == 1
+
+
+def test_a_model_without_a_champion_is_refused(model: Model) -> None:
+    with pytest.raises(ConfigError, match="no champion to be scored again"):
+        model.accept()
+    with pytest.raises(ConfigError, match="The model tiny has no champion"):
+        config_of_champion(model.registry.storage, "tiny")
+
+
+def test_held_shards_take_no_part(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    known, held, taken = "a" * 64, "b" * 64, "c" * 64
+    manifest = {"key": "preprocess-1", "identity": {"settings": {"shards": {"k.tar": known}}}}
+    path = "steps/preprocess/preprocess-1/manifest.json"
+    model.registry.storage.create(path, json.dumps(manifest).encode())
+    for sha256 in (known, held, taken):
+        model.registry.create("held", sha256, {"shard": f"{sha256[0]}.tar", "sha256": sha256})
+    model.registry.create("released", taken, {"sha256": taken})
+    model.accept()
+    ((config, _),) = model.planned
+    assert config.data.leave_out == (held,)
+    assert model.notes == [
+        "held shards take no part: b.tar. `retrain --accept-held SHARD` takes one in"
+    ]
+
+
+def test_the_champions_config_is_found_by_name(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    config = config_of_champion(model.registry.storage, "tiny")
+    assert config.train.seed == 7
+    assert config.storage.root == model.registry.storage.uri
