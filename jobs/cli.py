@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs import exchanging, registry, submit
-from jobs.console import EventPrinter, show_plan, show_schedules
+from jobs import cleaning, cron, exchanging, registry, retrain, submit
+from jobs.console import EventPrinter, say_what_is_left, show_plan, show_schedules
 from jobs.diagnosis import diagnose
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.inspection import show_dataset
@@ -33,7 +33,7 @@ from jobs.scores import show_comparison
 from jobs.tune import as_typed, show_search
 from pipeline.config import load_config
 from pipeline.drill import NUM_STEPS, OUTAGE_S, Kind
-from pipeline.driver import Outcome, Plan, find_subject, make_plan, run_config
+from pipeline.driver import Outcome, find_subject, make_plan, run_config
 from pipeline.errors import ConfigError
 from pipeline.publish import publish_again
 from pipeline.runs import list_runs, read_progress, read_run
@@ -211,7 +211,7 @@ def status(
         if target.endswith(".toml"):
             planned = make_plan(load_config(target, set_ or ()), read_remote=False)
             storage, run_name = planned.storage, planned.run
-        elif target and not Path(target).is_dir() and "://" not in target:
+        elif target and not _is_root(target):
             storage, run_name = open_storage(root), target
         else:
             storage, run_name = open_storage(target or root), None
@@ -229,22 +229,29 @@ def status(
 
 @app.command()
 def report(
-    target: Annotated[str, typer.Argument(help="a config, or the name of a run with a search")],
+    target: Annotated[
+        str, typer.Argument(help="a config, a storage root, or the name of a run with a search")
+    ],
     set_: Overrides = None,
     root: Annotated[str, typer.Option(help="the storage root of a run's name")] = "runs",
     as_json: AsJson = False,
     no_wait: NoWait = False,
 ) -> None:
-    """Write the report, do what it needs, and print where it is; or the page of a search."""
+    """Write a run's report, a search's page, or the home page of a storage root."""
     if target.endswith(".toml"):
         _run_steps(Path(target), set_, as_json, no_wait, ("report",))
         return
     with errors_to_exit_codes(as_json):
-        page = publish_again(open_storage(root), target)
-        if as_json:
-            print_json({"search": page})
+        if _is_root(target):
+            from pipeline.report.home import write_home  # torch: only here
+
+            what, page = "home", write_home(open_storage(target))
         else:
-            Console().print(f"search: {page}", highlight=False, soft_wrap=True)
+            what, page = "search", publish_again(open_storage(root), target)
+        if as_json:
+            print_json({what: page})
+        else:
+            Console().print(f"{what}: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -280,7 +287,7 @@ def schedules(
             show_schedules(Console(), rows, output)
 
 
-for part in (exchanging.app, registry.app, submit.app):
+for part in (retrain.app, exchanging.app, registry.app, submit.app, cron.app, cleaning.app):
     app.add_typer(part)
 
 
@@ -312,12 +319,12 @@ def _run_steps(
                 config,
                 targets,
                 observer=printer.observe,
-                on_plan=lambda planned: _say_what_is_left(console, config, planned),
+                on_plan=lambda planned: say_what_is_left(console, config, planned),
                 on_wait=printer.wait,
                 on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
                 subject=find_subject(config),
-                target=as_typed(path, overrides or ()),
+                target=as_typed(path, [o for o in overrides or () if not _is_secret(o)]),
             )
         seconds = time.monotonic() - started
         inspected = _inspect(outcome, config, output) if inspect else {}
@@ -332,6 +339,16 @@ def _run_steps(
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
 
 
+def _is_secret(override: str) -> bool:
+    """Whether an override must not be seen in records and on pages."""
+    return override.startswith("notify.")
+
+
+def _is_root(target: str) -> bool:
+    """Whether a storage root is meant, and not the name of a run."""
+    return Path(target).is_dir() or "://" in target
+
+
 def _inspect(outcome: Outcome, config: Config, output: Path | None) -> dict[str, Any]:
     """The document of the data set, and where its contact sheet was drawn."""
     from pipeline.dataset import read_dataset
@@ -341,16 +358,3 @@ def _inspect(outcome: Outcome, config: Config, output: Path | None) -> dict[str,
     storage, cache_bytes = outcome.plan.storage, config.data.cache_bytes
     contact_sheet = write_contact_sheet(storage, manifest, output, cache_bytes)
     return {"dataset": read_dataset(storage, manifest), "contact_sheet": contact_sheet}
-
-
-def _say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
-    left = [p for p in planned.steps if p.action != "cached"]
-    if not left:
-        return
-    places = config.cluster.address or "Ray on this machine"
-    console.print(
-        f"run {planned.run}: {len(left)} of {len(planned.steps)} steps to do, on {places}; "
-        "steps share the cluster where they fit, otherwise one follows the other",
-        highlight=False,
-        soft_wrap=True,
-    )

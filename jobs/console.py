@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pipeline.driver import Plan
+from pipeline.settings import Config
 from pipeline.storage import in_bytes
 from pipeline.workflow import Event, PlannedStep
 
@@ -29,6 +31,20 @@ def show_plan(console: Console, run: str, steps: Sequence[PlannedStep]) -> None:
         word = {"cached": "be kept", "run": "run", "extend": "continue"}[p.action]
         table.add_row(p.step.name, word, p.reason, style=styles[p.action])
     console.print(table)
+
+
+def say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
+    """Prints how many steps a command is going to do, and where."""
+    left = [p for p in planned.steps if p.action != "cached"]
+    if not left:
+        return
+    places = config.cluster.address or "Ray on this machine"
+    console.print(
+        f"run {planned.run}: {len(left)} of {len(planned.steps)} steps to do, on {places}; "
+        "steps share the cluster where they fit, otherwise one follows the other",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 class EventPrinter:

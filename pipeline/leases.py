@@ -70,6 +70,30 @@ def hold_lease(
                 storage.delete(f"{directory}/{name}")
 
 
+@contextlib.contextmanager
+def hold_alone(storage: Storage, directory: str, doing: str) -> Iterator[None]:
+    """Holds a lease while the block runs, or leaves at once if somebody who lives does.
+
+    Args:
+        storage: the root.
+        directory: whose lease.
+        doing: what the holder does, as in "cleans up here".
+
+    Raises:
+        BusyError: somebody does.
+    """
+
+    def refuse(holder: dict[str, Any], left_s: float) -> None:
+        if read_holder(storage, directory) is not None:
+            raise BusyError(
+                f"Process {holder['pid']} on {holder['host']} {doing} already. Wait until it has "
+                "ended, or end it."
+            )
+
+    with hold_lease(storage, directory, on_wait=refuse):
+        yield
+
+
 def read_holder(storage: Storage, directory: str) -> dict[str, Any] | None:
     """The holder of a lease that looks alive, or None. Never waits."""
     names = _names(storage, directory)
@@ -79,6 +103,27 @@ def read_holder(storage: Storage, directory: str) -> dict[str, Any] | None:
     if not _is_here(holder) and time.time() - holder["beat_at"] > LIFE_S:
         return None
     return holder
+
+
+def await_release(storage: Storage, directory: str) -> bool:
+    """Waits while a lease is held, without taking it; whether it was.
+
+    A holder that does not beat for 20 s by the clock here is taken for dead.
+    """
+    was_held, last_beat, seen_at = False, None, time.monotonic()
+    while True:
+        names = _names(storage, directory)
+        holder = _read(storage, f"{directory}/{names[-1]}") if names else None
+        if holder is None or holder["released"] or _is_dead_here(holder):
+            return was_held
+        beat = (names[-1], holder["beats"], holder["pid"])
+        if beat != last_beat:
+            last_beat, seen_at = beat, time.monotonic()
+        elif time.monotonic() - seen_at > LIFE_S:
+            storage.delete(f"{directory}/{names[-1]}")  # the next one need not wait so long
+            return was_held
+        was_held = True
+        time.sleep(POLL_S)
 
 
 def _acquire(

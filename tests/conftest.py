@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class ByModule(LoadFileScheduling):
     """Side by side run modules, whose fixtures are shared; those with Ray are one of them.
 
-    So there is one Ray at a time.
+    So tests with Ray never run beside one another.
     """
 
     def _split_scope(self, nodeid: str) -> str:

@@ -91,7 +91,7 @@ def test_the_job_and_the_schedule_run_verbs_that_there_are() -> None:
     template = cron["spec"]["jobTemplate"]["spec"]["template"]
     assert template["spec"]["restartPolicy"] == "Never"
     container = check_pod(template)
-    assert container["command"][:3] == ["raydiffusion", "submit", "run"]
+    assert container["command"][:3] == ["raydiffusion", "submit", "retrain"]
     name = read("raycluster.yaml")["metadata"]["name"]
     environment = {variable["name"]: variable for variable in container["env"]}
     assert environment["RAY_API_SERVER_ADDRESS"]["value"] == f"http://{name}-head-svc:8265"

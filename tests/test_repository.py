@@ -1,6 +1,7 @@
 """The repository's own files: what is built from them, and what others validate."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
+
+from jobs.cli import app
+from jobs.cron import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,3 +109,23 @@ def test_the_map_of_the_pipeline_is_whole() -> None:
     there = {path.stem for path in (ROOT / "pipeline").iterdir() if path.suffix == ".py"}
     there |= {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
     assert sorted(named) == sorted(there - {"__init__"})
+
+
+def test_the_page_of_settings_is_what_the_settings_make() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/make_configuration.py", "--check"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, "run python docs/make_configuration.py"
+    rows = (ROOT / "docs" / "configuration.md").read_text().splitlines()
+    assert [row for row in rows if row.endswith("|  |")] == []  # each says what it is
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_links_and_commands_of_the_docs_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    verbs = set(re.findall(r"raydiffusion ([a-z][a-z-]*)", text))
+    there = set(typer.main.get_command(app).commands)  # pyright: ignore
+    assert verbs - there - {*VERBS} == set()
