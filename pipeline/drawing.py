@@ -140,19 +140,14 @@ def chunk_directory(directory: str) -> str:
 
 
 @torch.inference_mode()
-def draw_chunk(
-    config: Config,
-    network: Network,
-    extractor: nn.Module,
-    numbers: range,
-    labels: Tensor | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Samples as they are stored and scored, and their features float32 [N, d].
+def draw_items(
+    config: Config, network: Network, numbers: range, labels: Tensor | None
+) -> np.ndarray:
+    """Samples as they are stored and scored: uint8 [N, C, H, W] or float32 [N, C, L].
 
     Args:
         config: the shape of the items, and the settings of `evaluate`.
         network: that makes them.
-        extractor: of the features.
         numbers: of the samples; a number's noise is always the same.
         labels: int64 [N], for a network that is told the class.
 
@@ -167,7 +162,22 @@ def draw_chunk(
             f"{num_bad} of the samples {numbers[0]} to {numbers[-1]} hold values that are not "
             "finite. Train again with a lower train.learning_rate, or evaluate another checkpoint."
         )
-    items = x.cpu().numpy() if config.data.is_sequence else quantise(x)
+    return x.cpu().numpy() if config.data.is_sequence else quantise(x)
+
+
+def draw_chunk(
+    config: Config,
+    network: Network,
+    extractor: nn.Module,
+    numbers: range,
+    labels: Tensor | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples, see `draw_items`, and their features float32 [N, d].
+
+    Raises:
+        EvaluationError: the samples are not finite.
+    """
+    items = draw_items(config, network, numbers, labels)
     return items, extract(extractor, items)
 
 

@@ -50,8 +50,8 @@ class Timetable:
 def parse_timetable(expression: str, timezone: str | None, now: float) -> Timetable:
     """Reads a cron expression of five fields as cron does.
 
-    Days of the week count from Sunday, as 0 or 7; where both kinds of days are restricted, either
-    is enough. Reference: crontab(5) of Paul Vixie's cron.
+    As in crontab(5) of Paul Vixie's cron, days of the week count from Sunday, as 0 or 7, and where
+    both kinds of days are restricted, either is enough.
 
     Args:
         expression: minute, hour, day of the month, month, day of the week.

@@ -31,14 +31,23 @@ def definitions(path: Path) -> dict[str, str]:
     return found
 
 
-CORE = {p.stem: definitions(p) for p in (ROOT / "diffusion_core").glob("*.py")}
-TESTS = {p.stem: definitions(p) for p in (ROOT / "tests" / "diffusion_core").glob("*.py")}
+def modules_below(*directories: str) -> dict[str, dict[str, str]]:
+    """Definitions by module, those of all modules of one name together."""
+    found: dict[str, dict[str, str]] = {}
+    for directory in directories:
+        for path in (ROOT / directory).rglob("*.py"):
+            found.setdefault(path.stem, {}).update(definitions(path))
+    return found
+
+
+MODULES = modules_below("diffusion_core", "pipeline")
+TESTS = modules_below("tests/diffusion_core", "tests/pipeline")
 
 
 @pytest.mark.parametrize(("function", "test"), ROWS)
 def test_every_row_names_what_is_there(function: str, test: str) -> None:
     module, _, name = function.partition(".")
-    assert name in CORE[module], function
+    assert name in MODULES[module], function
     module, _, name = test.partition(".")
     assert name in TESTS[module], test
 
@@ -46,7 +55,7 @@ def test_every_row_names_what_is_there(function: str, test: str) -> None:
 def test_nothing_published_is_left_out() -> None:
     with_reference = {
         f"{module}.{name}"
-        for module, names in CORE.items()
+        for module, names in MODULES.items()
         for name, docstring in names.items()
         if "Reference:" in docstring
     }

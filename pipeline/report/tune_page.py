@@ -110,10 +110,7 @@ def _draw_grids(
     document: Mapping[str, Any],
     storage: Storage,
 ) -> list[tuple[str, str]]:
-    """Samples of the best over seeds, the default and the worst, from the same noise.
-
-    None where the score is made without samples.
-    """
+    """Samples of the best over seeds, the default and the worst, from the same noise."""
     chosen = [("lowest mean over seeds", lowest)]
     chosen += [("as configured", trial) for trial in ranked if trial["number"] == 0]
     chosen += [("highest score of the search", ranked[-1])]

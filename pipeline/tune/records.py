@@ -3,7 +3,7 @@
     steps/tune/<experiment>/trials/<name>/proposal.json   before a trial starts
     steps/tune/<experiment>/trials/<name>/result.json     when it has ended, whichever way
     steps/trial/<trial>/rungs/<step>.json                 a score on the way, by the trial itself
-    steps/trial/<trial>/samples/<step>.safetensors        a few of the samples behind it
+    steps/trial/<trial>/samples/<step>.safetensors        a few samples of the same network
     steps/trial/<trial>/checkpoints/                      while it may go on
     steps/trial/<trial>/manifest.json                     once it was trained to its end
 
@@ -199,11 +199,10 @@ class TrialStore:
         found = [read_json(self.storage, f"{self.directory}/rungs/{name}") for name in names]
         return [Rung(**document) for document in found if document is not None]
 
-    def add_rung(self, rung: Rung, samples: bytes | None) -> None:
-        """Keeps a score, and the samples behind it first."""
-        if samples is not None:
-            path = f"{self.directory}/samples/{rung.step:09d}.safetensors"
-            self.storage.create(path, samples)
+    def add_rung(self, rung: Rung, samples: bytes) -> None:
+        """Keeps a score, and samples of the network first."""
+        path = f"{self.directory}/samples/{rung.step:09d}.safetensors"
+        self.storage.create(path, samples)
         path = f"{self.directory}/rungs/{rung.step:09d}.json"
         self.storage.create(path, json.dumps(asdict(rung)).encode())
 

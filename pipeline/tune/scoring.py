@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_core import CHUNK
 from diffusion_core.bound import variational_bound
 from pipeline.dataset import class_counts, open_split, read_dataset
-from pipeline.drawing import iter_drawn
+from pipeline.drawing import draw_items, iter_drawn
 from pipeline.errors import EvaluationError
 from pipeline.extractors import load_extractor, score_name
 from pipeline.fid_validation import SPLIT
@@ -21,6 +21,7 @@ from pipeline.loader import keyed_seed
 from pipeline.models import make_diffusion
 from pipeline.protocol import make_protocol
 from pipeline.reference import read_sums
+from pipeline.sampling import spread_labels
 from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.settings import Config
 from pipeline.storage import Storage
@@ -30,7 +31,7 @@ from pipeline.workflow import read_artifact
 NUM_SHOWN = 32  # samples that a score keeps for the eye
 
 Inputs = Mapping[str, Mapping[str, Any]]  # manifests by step name
-Score = Callable[[Any], tuple[float, bytes | None]]  # of a network: the value, and samples
+Score = Callable[[Any], tuple[float, bytes]]  # of a network: the value, and samples
 
 
 def trial_protocol(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def open_score(config: Config, storage: Storage, inputs: Inputs) -> Any:
         cache_bytes=config.data.cache_bytes,
     )
     with contextlib.closing(items):
-        yield _bits(config, items, diffusion)
+        yield _bits(config, items, diffusion, counts)
 
 
 def _frechet(
@@ -102,7 +103,7 @@ def _frechet(
     extractor = load_extractor(storage, inputs["features"])
     sums = read_sums(read_artifact(storage, inputs["reference"], "sums.safetensors"), SPLIT)
 
-    def score(model: Any) -> tuple[float, bytes | None]:
+    def score(model: Any) -> tuple[float, bytes]:
         device = next(model.parameters()).device
         with full_precision():  # as the reference
             parts = list(
@@ -120,17 +121,16 @@ def _frechet(
                 "The score is not finite: the features of the samples are too large. Lower "
                 "train.learning_rate, or the upper end of its range."
             )
-        shown = np.ascontiguousarray(parts[0][0][:NUM_SHOWN])
-        return value, safetensors.numpy.save({"items": shown})
+        return value, _keep(parts[0][0])
 
     return score
 
 
-def _bits(config: Config, items: Any, diffusion: Any) -> Score:
+def _bits(config: Config, items: Any, diffusion: Any, counts: dict[int, int] | None) -> Score:
     """The variational bound of the first validation images, in bits per dimension."""
 
     @torch.no_grad()
-    def score(model: Any) -> tuple[float, bytes | None]:
+    def score(model: Any) -> tuple[float, bytes]:
         device = next(model.parameters()).device
         model.eval()
         process, count = diffusion.to(device), min(len(items), config.tune.num_samples)
@@ -153,9 +153,21 @@ def _bits(config: Config, items: Any, diffusion: Any) -> Score:
                 "The bound is not finite: the network's output is not. Lower train.learning_rate, "
                 "or the upper end of its range."
             )
-        return total / count, None
+        return total / count, _keep(_draw_shown(config, Network(model, process, counts)))
 
     return score
+
+
+def _draw_shown(config: Config, network: Network) -> np.ndarray:
+    """Samples for the eye, of a score that needs none."""
+    numbers, labels = range(NUM_SHOWN), None
+    if network.counts is not None:
+        labels = spread_labels(network.counts, numbers, NUM_SHOWN)
+    return draw_items(config, network, numbers, labels)
+
+
+def _keep(items: np.ndarray) -> bytes:
+    return safetensors.numpy.save({"items": np.ascontiguousarray(items[:NUM_SHOWN])})
 
 
 def _labels(items: Any, ids: np.ndarray, diffusion: Any) -> Tensor | None:

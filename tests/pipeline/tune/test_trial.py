@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
@@ -117,6 +118,10 @@ def test_a_killed_trial_continues_and_scores_as_if_it_had_not_been(
     assert passed == [True, False, False]
     assert told[:2] == first  # scores that were made are not made again
     assert store.is_finished
+    for rung in told:  # a score by the bound needs no samples: those shown are drawn for it
+        samples = store.read_samples(rung.step)
+        assert samples is not None
+        assert safetensors.numpy.load(samples)["items"].shape == (32, 1, 8, 8)
 
     again: list[tuple[Rung, bool]] = []
     monkeypatch.setattr(trial, "train_in_process", None)  # nothing is trained
