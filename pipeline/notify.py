@@ -12,14 +12,15 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from pipeline.errors import BusyError, RaydiffusionError
+from pipeline.errors import BusyError, RaydiffusionError, RefusedError
 from pipeline.runs import read_run
 from pipeline.settings import Config
 from pipeline.workflow import Event as WorkflowEvent
+from pipeline.workflow import Observer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,18 +79,10 @@ def tells_how_it_ended(function: Callable[P, T]) -> Callable[P, T]:
             plans.append(plan)
             on_plan(plan)
 
-        def tell(kind: Event, document: Mapping[str, Any]) -> None:
-            if fault := notify(config, kind, document):
-                given["observer"](WorkflowEvent("note", "notify", {"text": fault}))
-
         kwargs["on_plan"] = keep_plan
-        try:
+        with failure_is_told(config, given["observer"], plans):
             outcome: Any = function(*args, **kwargs)
-        except BusyError:
-            raise
-        except Exception as error:
-            tell("failure", _describe_failure(config, plans, error))
-            raise
+        tell = functools.partial(_tell, config, given["observer"])
         if any(p.action != "cached" for plan in plans for p in plan.steps):
             document = _describe_success(config, plans, outcome)
             tell("success", document)
@@ -99,6 +92,46 @@ def tells_how_it_ended(function: Callable[P, T]) -> Callable[P, T]:
         return outcome
 
     return run
+
+
+@contextlib.contextmanager
+def failure_is_told(
+    config: Config, observer: Observer, plans: Sequence[Any] = ()
+) -> Iterator[None]:
+    """Inside the block, a failure is told; Ctrl-C, and another process at the same work, is none.
+
+    Args:
+        config: its section `notify` says whom.
+        observer: told, as a note, what could not be told.
+        plans: of the run, filled while the block goes on.
+    """
+    try:
+        yield
+    except BusyError:
+        raise
+    except Exception as error:
+        _tell(config, observer, "failure", _describe_failure(config, plans, error))
+        raise
+
+
+def tell_refusal(
+    config: Config, observer: Observer, sentence: str, facts: Mapping[str, Any]
+) -> None:
+    """Tells, as a failure, of work that was refused before there was a run.
+
+    Args:
+        config: its section `notify` says whom.
+        observer: told, as a note, what could not be told.
+        sentence: for people.
+        facts: JSON, for the document.
+    """
+    document = _describe_failure(config, (), RefusedError(sentence))
+    _tell(config, observer, "failure", {**document, **facts})
+
+
+def _tell(config: Config, observer: Observer, kind: Event, document: Mapping[str, Any]) -> None:
+    if fault := notify(config, kind, document):
+        observer(WorkflowEvent("note", "notify", {"text": fault}))
 
 
 def _describe_failure(config: Config, plans: Sequence[Any], error: Exception) -> dict[str, Any]:

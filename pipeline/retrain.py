@@ -27,6 +27,7 @@ from pipeline.cycles import (
 from pipeline.driver import Basis, Outcome, Plan, bring_about, make_plan, run_config
 from pipeline.errors import ConfigError
 from pipeline.identities import OnHash
+from pipeline.notify import failure_is_told, tell_refusal
 from pipeline.pinning import find_score, input_hashes, pin_first, pinned_manifests, scores_of
 from pipeline.preflight import before_ray, require
 from pipeline.registry import Registry
@@ -108,13 +109,15 @@ def retrain(
             "retrain does not search, and tune.enabled asks for a search. Put what `raydiffusion "
             "tune` recommended into the config, and set tune.enabled = false."
         )
-    storage = open_storage(config.storage.root)
-    registry = Registry(storage, config.name)
-    shards = list_inputs(config.data, storage, on_hash=on_hash).shards
-    with hold_cycle(registry):
-        for which in accept_held:
-            release_shard(registry, which, reason)
-        cycle = _find_cycle(registry, config, shards)
+    with contextlib.ExitStack() as stack:
+        with failure_is_told(config, observer):
+            storage = open_storage(config.storage.root)
+            registry = Registry(storage, config.name)
+            shards = list_inputs(config.data, storage, on_hash=on_hash).shards
+            stack.enter_context(hold_cycle(registry))
+            for which in accept_held:
+                release_shard(registry, which, reason)
+            cycle = _find_cycle(registry, config, shards)
         if isinstance(cycle, Cycle):
             return cycle
         return _go_through(registry, config, shards, cycle, observer, on_plan, target)
@@ -194,10 +197,11 @@ def _go_through(
             "pins and which scores this cycle; `raydiffusion accept-reference CONFIG` would pin it",
         )
     with contextlib.ExitStack() as stack:
-        if not make_plan(config, basis=basis).is_cached:
-            require(before_ray(config, registry.storage, trains=True, draws=True))
-            stack.enter_context(connect(config))  # one Ray for all of the cycle
-        held, unjudged = _test(registry, config, shards, cycle, basis, observer)
+        with failure_is_told(config, observer):
+            if not make_plan(config, basis=basis).is_cached:
+                require(before_ray(config, registry.storage, trains=True, draws=True))
+                stack.enter_context(connect(config))  # one Ray for all of the cycle
+            held, unjudged = _test(registry, config, shards, cycle, basis, observer)
         facts: dict[str, Any] = {
             "number": cycle["number"],
             "new": tuple(cycle["new"]),
@@ -210,7 +214,9 @@ def _go_through(
                 f"All that is new is held, and nothing was trained ({reasons}). Look at it; "
                 "`--accept-held SHARD` takes a shard in"
             )
-            end_cycle(registry, cycle["number"], _outcome("held", sentence, held))
+            ended = _outcome("held", sentence, held)
+            end_cycle(registry, cycle["number"], ended)
+            tell_refusal(config, observer, f"{sentence}.", {"held": ended["held"]})
             return Cycle("held", f"{sentence}.", **facts)
         left_out = (*config.data.leave_out, *(record["sha256"] for record in held))
         data = config.data.model_copy(update={"leave_out": left_out})
@@ -221,18 +227,19 @@ def _go_through(
             basis=basis,
             target=target,
         )
-    version = outcome.manifests["promote"]["metrics"]["version"]
-    # The step may have been done before, and another promoted or this one rolled back since.
-    verdict = _ask(registry, version, config)
-    state: State = "promoted" if verdict.is_promoted else "asks" if verdict.asks else "kept"
-    said = {
-        "promoted": "is the champion",
-        "asks": "waits for a decision",
-        "kept": "is kept, and the champion stays",
-    }[state]
-    sentence = f"Version {version} of {registry.name} {said}: {verdict.reason}"
-    ended = _outcome(state, sentence, held, version, outcome.plan.run)
-    end_cycle(registry, cycle["number"], ended)
+    with failure_is_told(config, observer):
+        version = outcome.manifests["promote"]["metrics"]["version"]
+        # The step may have been done before, and another promoted or this one rolled back since.
+        verdict = _ask(registry, version, config)
+        state: State = "promoted" if verdict.is_promoted else "asks" if verdict.asks else "kept"
+        said = {
+            "promoted": "is the champion",
+            "asks": "waits for a decision",
+            "kept": "is kept, and the champion stays",
+        }[state]
+        sentence = f"Version {version} of {registry.name} {said}: {verdict.reason}"
+        ended = _outcome(state, sentence, held, version, outcome.plan.run)
+        end_cycle(registry, cycle["number"], ended)
     return Cycle(state, f"{sentence}.", version=version, outcome=outcome, **facts)
 
 

@@ -25,7 +25,8 @@ class NotifyConfig(Section):
         default=None, description="when a run has done something and ended well"
     )
     on_failure: Receiver | None = Field(
-        default=None, description="when a run failed, also before it began"
+        default=None,
+        description="when a run failed, also before it began, or `retrain` held all that is new",
     )
     on_promote: Receiver | None = Field(
         default=None, description="when a run made a version the champion"

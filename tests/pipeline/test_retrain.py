@@ -11,9 +11,9 @@ import pytest
 from pipeline import gate
 from pipeline import retrain as module
 from pipeline.config import load_config
-from pipeline.cycles import hold_shard, last_cycle
+from pipeline.cycles import hold_cycle, hold_shard, last_cycle
 from pipeline.driver import Basis, Outcome, make_plan
-from pipeline.errors import ConfigError, StorageError, TrainingError
+from pipeline.errors import BusyError, ConfigError, StorageError, TrainingError
 from pipeline.extractors.naming import ARTIFACT
 from pipeline.gate import Verdict
 from pipeline.pinning import describe
@@ -236,6 +236,39 @@ def test_where_all_that_is_new_is_held_nothing_is_trained(model: Model) -> None:
     assert (taken.state, taken.number) == ("promoted", 2)
     (record,) = model.registry.records("released")
     assert record["reason"] == "new pens"
+
+
+def test_who_wants_to_know_of_failures_is_told_that_all_is_held(
+    model: Model, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    tell = f'notify.on_failure=["sh", "-c", "cat >> {told}; echo >> {told}"]'
+    model.hold("digits-0001.tar")
+    config = model.config(tell, shards=(0, 1))
+    cycle = model.retrain(config)
+    model.retrain(config)  # nothing new: told once
+    (line,) = told.read_text().splitlines()
+    document = json.loads(line)
+    assert (document["event"], document["error"]["exit_code"]) == ("failure", 9)
+    assert document["error"]["message"] == cycle.sentence
+    assert [record["shard"] for record in document["held"]] == ["digits-0001.tar"]
+
+
+def test_a_cycle_that_fails_before_its_run_is_told_and_another_at_work_is_not(
+    model: Model, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    tell = f'notify.on_failure=["sh", "-c", "cat >> {told}; echo >> {told}"]'
+    with pytest.raises(ConfigError):
+        model.retrain(model.config(tell, "model.dim=16", shards=(0, 1)))
+    with hold_cycle(model.registry), pytest.raises(BusyError):
+        model.retrain(model.config(tell, shards=(0, 1)))
+    (line,) = told.read_text().splitlines()
+    assert json.loads(line)["error"]["kind"] == "ConfigError"
+    model.storage.delete("steps/reference/r")
+    with pytest.raises(StorageError):
+        model.retrain(model.config(tell, shards=(0, 1)))
+    assert json.loads(told.read_text().splitlines()[1])["error"]["kind"] == "StorageError"
 
 
 def test_a_model_without_versions_is_trained_as_run_does(
