@@ -1,7 +1,7 @@
 """Writes `docs/configuration.md` from the settings themselves; a test holds that it is up to date.
 
-python docs/make_configuration.py             # writes it
-python docs/make_configuration.py --check     # says whether it is up to date, by its exit code
+.venv/bin/python docs/make_configuration.py             # writes it
+.venv/bin/python docs/make_configuration.py --check     # says whether it is up to date, by its exit code
 """
 
 import json
@@ -26,7 +26,7 @@ file, `storage.root` alone to the directory you stand in. `--set section.key=val
 setting of one command; the value is TOML, or a bare word. An unknown key is an error that names the
 nearest one; all faults are told at once.
 
-*Made by `python docs/make_configuration.py` from `pipeline/settings/`; change it there.*
+*Made by `.venv/bin/python docs/make_configuration.py` from `pipeline/settings/`; change it there.*
 """
 WORDS = {int: "integer", float: "number", str: "string", bool: "true or false"}
 
