@@ -1,7 +1,7 @@
 """Writes `docs/configuration.md` from the settings themselves; a test holds that it is up to date.
 
-.venv/bin/python docs/make_configuration.py             # writes it
-.venv/bin/python docs/make_configuration.py --check     # says whether it is up to date, by its exit code
+.venv/bin/python docs/make_configuration.py            # writes it
+.venv/bin/python docs/make_configuration.py --check    # its exit code says whether it is current
 """
 
 import json

@@ -44,9 +44,11 @@ def trial_config(config: Config, overrides: Sequence[str]) -> Config:
         ConfigError: the choice is no valid config.
     """
     resolved = override_config(config, overrides)
+    # As many as it takes to lose a third of a trial to a kill, with ASHA's usual factor.
+    *early, last = rung_steps(config)
     train = {
         "num_steps": config.trial_steps,
-        "checkpoint_every": min(resolved.train.checkpoint_every, rung_steps(config)[0]),
+        "checkpoint_every": min(resolved.train.checkpoint_every, max(early, default=last)),
         "keep_every": None,
         "validate_every": None,
         "sample_every": None,
