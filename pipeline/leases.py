@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.errors import BusyError, RaydiffusionError
 from pipeline.processes import boot_id, process_started
-from pipeline.storage import Storage
+from pipeline.storage import Storage, claim
 
 HEARTBEAT_S = 5.0
 LIFE_S = 20.0
@@ -157,7 +157,7 @@ def _acquire(
                 time.sleep(POLL_S)
                 continue
         mine = _path(directory, number + 1)
-        if storage.create(mine, _document(beats=0)):
+        if claim(storage, mine, _document(beats=0)):
             if f"{directory}/{_names(storage, directory)[-1]}" == mine:
                 return number + 1
             # The number had come and gone while we looked: a higher one holds.

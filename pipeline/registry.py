@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BusyError, ConfigError, StorageError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, claim
 
 PROMOTION, ROLLBACK = "promotion", "rollback"
 SHOWN = 10  # of the versions there are
@@ -165,7 +165,7 @@ class Registry:
             document: all of it.
         """
         path = f"models/{self.name}/{kind}/{name}.json"
-        return self.storage.create(path, json.dumps(document, indent=1).encode())
+        return claim(self.storage, path, json.dumps(document, indent=1).encode())
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """All records of a kind, by name.
