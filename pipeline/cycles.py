@@ -54,11 +54,12 @@ def last_cycle(registry: Registry) -> dict[str, Any] | None:
     Args:
         registry: of the model.
     """
-    cycles = registry.records("cycles")
+    cycles = registry.records("cycles", last=1)
     if not cycles:
         return None
-    ended = {outcome["number"]: outcome for outcome in registry.records("outcomes")}
-    return {**cycles[-1], "outcome": ended.get(cycles[-1]["number"])}
+    outcomes = registry.records("outcomes", last=1)  # of this cycle or an earlier one
+    ended = {outcome["number"]: outcome for outcome in outcomes}
+    return {**cycles[0], "outcome": ended.get(cycles[0]["number"])}
 
 
 def begin_cycle(registry: Registry, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def begin_cycle(registry: Registry, document: Mapping[str, Any]) -> dict[str, An
         BusyError: another process began one, its lease being taken for dead.
     """
     full = {**document, "by": user(), "time": time.time()}
-    cycle = registry.add_record("cycles", registry.records("cycles"), full)
+    cycle = registry.add_record("cycles", registry.records("cycles", last=1), full)
     if cycle is None:
         raise BusyError(f"{registry.name} is being retrained by another process. Wait for it.")
     return cycle

@@ -141,7 +141,7 @@ def _find_cycle(
     new = {s.name: s.sha256 for s in shards if s.sha256 not in known}
     if not new:
         return _nothing_new(registry, None)
-    evaluation = pin_first(registry) if registry.versions() else None
+    evaluation = pin_first(registry) if registry.records("versions", last=1) else None
     start = None
     if champion is not None and evaluation is not None:
         _check_comparable(registry, config, champion, evaluation)
