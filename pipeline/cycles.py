@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BusyError, ConfigError
-from pipeline.leases import hold_lease, read_holder
+from pipeline.leases import hold_alone
 from pipeline.registry import Registry, user
 from pipeline.scores import show_number
 from pipeline.sources import InputShard
@@ -32,19 +32,9 @@ def hold_cycle(registry: Registry) -> Iterator[None]:
     Raises:
         BusyError: another process does.
     """
-    directory = f"models/{registry.name}/retrain"
-
-    def is_alive() -> bool:  # one that died on another machine is waited out
-        return read_holder(registry.storage, directory) is not None
-
-    with hold_lease(registry.storage, directory, is_done=is_alive) as is_ours:
-        if not is_ours:
-            holder = read_holder(registry.storage, directory)
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-            raise BusyError(
-                f"{registry.name} is being retrained, or gets another reference, by {who}. Wait "
-                "for it; the same command then finds what it did."
-            )
+    doing = f"retrains {registry.name}, or pins another reference for it,"
+    remedy = "Wait for it; the same command then finds what it did."
+    with hold_alone(registry.storage, f"models/{registry.name}/retrain", doing, remedy=remedy):
         yield
 
 
