@@ -5,7 +5,8 @@
     models/<name>/held/<SHA-256>-<evaluation>.json   a shard that is unlike the pinned reference
     models/<name>/released/<SHA-256>.json       a held one that a person took in
 
-All are created once and never changed. The cycle itself is in `retrain.py`.
+All are created once and never changed. `models/<name>/retrain` holds the lease of who is at it. The
+cycle itself is in `retrain.py`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import BusyError, ConfigError
 from pipeline.leases import hold_alone
 from pipeline.registry import Registry, user
+from pipeline.runs import directory_of_cycle
 from pipeline.scores import show_number
 from pipeline.sources import InputShard
 
@@ -34,7 +36,7 @@ def hold_cycle(registry: Registry) -> Iterator[None]:
     """
     doing = f"retrains {registry.name}, or pins another reference for it,"
     remedy = "Wait for it; the same command then finds what it did."
-    with hold_alone(registry.storage, f"models/{registry.name}/retrain", doing, remedy=remedy):
+    with hold_alone(registry.storage, directory_of_cycle(registry.name), doing, remedy=remedy):
         yield
 
 
