@@ -33,14 +33,14 @@ from jobs.scores import show_comparison
 from jobs.tune import as_typed, show_search
 from pipeline.config import load_config
 from pipeline.drill import NUM_STEPS, OUTAGE_S, Kind
-from pipeline.driver import Outcome, find_subject, make_plan, run_config
+from pipeline.driver import Outcome, make_plan, run_config
 from pipeline.errors import ConfigError
 from pipeline.publish import publish_again
 from pipeline.runs import list_runs, read_progress, read_run
 from pipeline.settings import Config
 from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
-from pipeline.subject_kinds import Subject
+from pipeline.subject_kinds import Subject, find_subject
 from pipeline.torchrun import dismiss, torchrun_world
 
 UNDER_TORCHRUN = (("preprocess",), ("train",))

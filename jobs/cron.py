@@ -1,11 +1,12 @@
 """The verb `cron`: runs another verb on a cron expression, in a process of its own each time."""
 
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime, tzinfo
@@ -61,7 +62,7 @@ def cron(
             loaded.name,
             timetable,
             runner.run,
-            wait=runner.stop.wait,
+            wait=runner.wait,
             now=time.time,
             say=printer.say,
             once_now=once_now,
@@ -79,8 +80,10 @@ class Runner:
     """
 
     def __init__(self, arguments: Sequence[str], *, quiet: bool) -> None:
-        self.stop = threading.Event()
         self.signal: int | None = None
+        # A lock of `threading` may be held by the very code that a handler interrupts.
+        self._wakes, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
         self._arguments, self._quiet = list(arguments), quiet
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -96,18 +99,25 @@ class Runner:
             stdout=sys.stderr if self._quiet else None,
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
-        if self.stop.is_set():  # the signal came while it was being started
+        if self.signal is not None:  # it came while it was being started
             self._interrupt(signal.SIGINT)
         try:
             return self._child.wait()
         finally:
             self._child = None
 
+    def wait(self, seconds: float) -> bool:
+        """Waits for at most so many seconds; True when it is time to stop."""
+        if self.signal is None and seconds > 0:
+            select.select([self._wakes], [], [], seconds)
+        return self.signal is not None
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ends the waiting, and the run: at first as Ctrl-C does, the second time by SIGTERM."""
         is_first = self.signal is None
         self.signal = self.signal or number
-        self.stop.set()
+        with contextlib.suppress(BlockingIOError):  # it is awake
+            os.write(self._wake, b"\0")
         self._interrupt(signal.SIGINT if is_first else signal.SIGTERM)
 
     def _interrupt(self, number: int) -> None:

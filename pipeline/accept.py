@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import parse_config
 from pipeline.cycles import hold_cycle, released
-from pipeline.driver import Basis, bring_about, make_plan
+from pipeline.driver import Basis, bring_about
 from pipeline.errors import BusyError, ConfigError
 from pipeline.identities import OnHash
 from pipeline.pinning import (
@@ -77,8 +77,9 @@ def accept_reference(
         scoring = config.model_copy(update=sections)
         train = read_step(storage, "train", champion["lineage"]["train"])
         basis = Basis({"train": train})
-        planned = make_plan(scoring, ("evaluate",), basis=basis, on_hash=on_hash)
-        manifests = bring_about(scoring, planned, observer=observer)
+        manifests = bring_about(
+            scoring, ("evaluate",), basis=basis, observer=observer, on_hash=on_hash
+        )
         evaluate = manifests["evaluate"]
         if evaluate["key"] != champion["lineage"]["evaluate"]:
             add_score(registry, champion["number"], evaluate, reason)

@@ -5,7 +5,8 @@
     models/<name>/held/<SHA-256>-<evaluation>.json   a shard that is unlike the pinned reference
     models/<name>/released/<SHA-256>.json       a held one that a person took in
 
-All are created once and never changed. The cycle itself is in `retrain.py`.
+All are created once and never changed. `models/<name>/retrain` holds the lease of who is at it. The
+cycle itself is in `retrain.py`.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import BusyError, ConfigError
-from pipeline.leases import hold_lease, read_holder
+from pipeline.leases import hold_alone
 from pipeline.registry import Registry, user
+from pipeline.runs import directory_of_cycle
 from pipeline.scores import show_number
 from pipeline.sources import InputShard
 
@@ -32,19 +34,9 @@ def hold_cycle(registry: Registry) -> Iterator[None]:
     Raises:
         BusyError: another process does.
     """
-    directory = f"models/{registry.name}/retrain"
-
-    def is_alive() -> bool:  # one that died on another machine is waited out
-        return read_holder(registry.storage, directory) is not None
-
-    with hold_lease(registry.storage, directory, is_done=is_alive) as is_ours:
-        if not is_ours:
-            holder = read_holder(registry.storage, directory)
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-            raise BusyError(
-                f"{registry.name} is being retrained, or gets another reference, by {who}. Wait "
-                "for it; the same command then finds what it did."
-            )
+    doing = f"retrains {registry.name}, or pins another reference for it,"
+    remedy = "Wait for it; the same command then finds what it did."
+    with hold_alone(registry.storage, directory_of_cycle(registry.name), doing, remedy=remedy):
         yield
 
 
@@ -54,11 +46,12 @@ def last_cycle(registry: Registry) -> dict[str, Any] | None:
     Args:
         registry: of the model.
     """
-    cycles = registry.records("cycles")
+    cycles = registry.records("cycles", last=1)
     if not cycles:
         return None
-    ended = {outcome["number"]: outcome for outcome in registry.records("outcomes")}
-    return {**cycles[-1], "outcome": ended.get(cycles[-1]["number"])}
+    outcomes = registry.records("outcomes", last=1)  # of this cycle or an earlier one
+    ended = {outcome["number"]: outcome for outcome in outcomes}
+    return {**cycles[0], "outcome": ended.get(cycles[0]["number"])}
 
 
 def begin_cycle(registry: Registry, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +65,7 @@ def begin_cycle(registry: Registry, document: Mapping[str, Any]) -> dict[str, An
         BusyError: another process began one, its lease being taken for dead.
     """
     full = {**document, "by": user(), "time": time.time()}
-    cycle = registry.add_record("cycles", registry.records("cycles"), full)
+    cycle = registry.add_record("cycles", registry.records("cycles", last=1), full)
     if cycle is None:
         raise BusyError(f"{registry.name} is being retrained by another process. Wait for it.")
     return cycle

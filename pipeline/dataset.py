@@ -28,8 +28,8 @@ from pipeline.settings import CACHE_BYTES, NOT_OF_THE_DATA_SET, DataConfig
 from pipeline.shard_cache import RemoteFile, ShardCache
 from pipeline.shards import ArrowFile, ArrowItems, Items, number_classes
 from pipeline.sources import InputShard
-from pipeline.storage import LocalStorage, Storage, damaged
-from pipeline.units import SPLITS, STORAGE_THREADS, unit_directory
+from pipeline.storage import STORAGE_THREADS, LocalStorage, Storage, damaged
+from pipeline.units import SPLITS, unit_directory
 from pipeline.workflow import read_artifact
 
 SCHEMA_VERSION = 2

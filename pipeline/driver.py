@@ -3,25 +3,24 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect, total
-from pipeline.config import absolute_source, override_config
+from pipeline.config import override_config
 from pipeline.errors import ConfigError
 from pipeline.extractor_identity import UNREAD, identify_extractor
 from pipeline.identities import OnHash
-from pipeline.leases import OnWait, await_release, hold_lease
+from pipeline.leases import OnWait, hold_lease
 from pipeline.notify import tells_how_it_ended
 from pipeline.preflight import before_ray, on_cluster, require
 from pipeline.publish import publish_report, publish_search
 from pipeline.registry import Registry
-from pipeline.runs import SWEEP, RunRecord, last_identities, run_id
+from pipeline.runs import RunRecord, last_identities, record_needs, run_id
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
 from pipeline.steps import STEP_NAMES, Start, make_steps
 from pipeline.storage import Storage, open_storage
-from pipeline.subject_kinds import GivenImages, Subject, data_of_images
+from pipeline.subject_kinds import GivenModel, Subject
 from pipeline.torchrun import torchrun_world
 from pipeline.units import missing_units
 from pipeline.workflow import (
@@ -203,7 +202,8 @@ def run_config(
         on_wait: told while another process holds the run.
         on_hash: told the number of files and bytes that are read before there is a plan.
         wait_for_lease: for another process at the same run; otherwise leave at once.
-        subject: what is evaluated in place of the config's training; see `find_subject`.
+        subject: what is evaluated in place of the config's training; see `find_subject` of
+            `subject_kinds.py`.
         basis: what the registry gives; without it, everything is as the config says.
         target: the config and its options as typed into a shell, for commands on pages.
 
@@ -252,6 +252,10 @@ def run_config(
         outcome = "failed"
         try:
             _tell(notes, observe)
+            if isinstance(subject, GivenModel):
+                from pipeline.subjects import copy_again  # torch: only here
+
+                copy_again(subject, config, planned.storage)
             manifests: dict[str, dict[str, Any]] = {}
             with _capacity(config, planned, observe) as capacity:
 
@@ -284,20 +288,31 @@ def run_config(
 
 
 def bring_about(
-    config: Config, planned: Plan, *, observer: Observer, wait_for_lease: bool = True
+    config: Config,
+    targets: Sequence[str],
+    *,
+    basis: Basis,
+    observer: Observer,
+    on_hash: OnHash | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs what a plan has left, without a record of a run; all manifests by step name.
+    """Brings targets about within a cycle that this process holds, without a run of their own.
 
     Args:
         config: the whole config.
-        planned: what to do.
+        targets: the steps wanted.
+        basis: what the registry gives.
         observer: told what happens.
-        wait_for_lease: for another process at the same step; otherwise leave at once.
+        on_hash: told the number of files and bytes that are read before there is a plan.
+
+    Returns:
+        The manifests of the targets and of what they rest on, by step name.
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
     """
-    await_release(planned.storage, SWEEP)  # without a record nothing else holds a clean-up off
+    planned = make_plan(config, targets, basis=basis, on_hash=on_hash)
+    if record_needs(planned.storage, config.name, planned.steps):
+        planned = make_plan(config, targets, basis=basis)
     if not planned.is_cached:
         checks = before_ray(config, planned.storage, trains=planned.trains, draws=planned.draws)
         _tell(require(checks), observer)
@@ -308,7 +323,6 @@ def bring_about(
             planned.storage,
             capacity=capacity,
             observer=observer,
-            wait_for_lease=wait_for_lease,
         )
 
 
@@ -321,40 +335,6 @@ def _publish(planned: Plan, manifests: dict[str, dict[str, Any]], target: str) -
     if "tune" in manifests:
         search = publish_search(planned.storage, planned.run, manifests["tune"], target)
     return Outcome(planned, manifests, report, search)
-
-
-def find_subject(
-    config: Config, *, checkpoint: Path | None, images: Sequence[str], converts: bool = False
-) -> Subject | None:
-    """What a command wants evaluated in place of the config's training; None where nothing else.
-
-    Args:
-        config: the whole config.
-        checkpoint: a model folder, or a checkpoint of another library.
-        images: patterns, as those of `data.sources`.
-        converts: whether images of another size or with other channels are taken.
-
-    Raises:
-        ConfigError: both are given.
-        DataError: there is no such thing, or it does not suit the data set.
-        StorageError: the root cannot be written.
-    """
-    if checkpoint is not None and images:
-        raise ConfigError("--checkpoint and --images name two things to evaluate. Give one.")
-    storage = open_storage(config.storage.root)
-    if checkpoint is not None:
-        from pipeline.subjects import import_model  # torch: only here
-
-        return import_model(checkpoint, config, storage)
-    if not images:
-        return None
-    data = data_of_images(config, [absolute_source(source, Path.cwd()) for source in images])
-    shards = tuple(list_inputs(data, storage).shards)
-    if not converts:
-        from pipeline.given_images import check_images
-
-        check_images(shards, config.data)
-    return GivenImages(data.sources, shards, converts)
 
 
 def _tell(notes: Sequence[str], observer: Observer) -> None:

@@ -4,7 +4,7 @@ What is needed is found by `reachable.py`. Of the rest, what was written within 
 stays, and what somebody works on. A manifest goes before what it names, so that a kill leaves no
 manifest without its files, and the same command finishes the work. A run that starts meanwhile
 waits: it writes its record first and then looks whether a clean-up is under way, which takes its
-lease first and then reads the records.
+lease first and then reads the records. So does a cycle of `retrain` that works beside runs.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.leases import LIFE_S, hold_alone, read_holder
+from pipeline.leases import LIFE_S, find_living, hold_alone
 from pipeline.reachable import find_reached
 from pipeline.runs import SWEEP
 from pipeline.storage import STALE_S, Storage, StoredFile
@@ -146,7 +146,7 @@ def _survey(storage: Storage, keep_runs: int, since: float) -> Survey:
     units = {path: _unit(path, files) for path, files in groups.items()}
     written = {path: unit.modified for path, unit in units.items()}
     reached = find_reached(storage, written, keep_runs=keep_runs, since=since)
-    survey = Survey([], [], [], reached.runs)
+    survey, rest = Survey([], [], [], reached.runs), list[tuple[Unit, Unit]]()
     for path, unit in units.items():
         if reached.holds(path):
             files = groups[path]
@@ -154,17 +154,15 @@ def _survey(storage: Storage, keep_runs: int, since: float) -> Survey:
             gone = {file.path for _, of_it in leftovers for file in of_it}
             survey.reached.append(_unit(path, [file for file in files if file.path not in gone]))
             for below, of_it in leftovers:
-                _sort(storage, survey, _unit(below, of_it), unit, since)
+                rest.append((_unit(below, of_it), unit))
         else:
-            _sort(storage, survey, unit, unit, since)
+            rest.append((unit, unit))
+    old = [unit.modified is not None and unit.modified < since for unit, _ in rest]
+    leased = {o.path for (_, o), is_old in zip(rest, old, strict=True) if is_old and o.has_lease}
+    living = find_living(storage, leased)
+    for (unit, owner), is_old in zip(rest, old, strict=True):
+        (survey.garbage if is_old and owner.path not in living else survey.young).append(unit)
     return survey
-
-
-def _sort(storage: Storage, survey: Survey, unit: Unit, owner: Unit, since: float) -> None:
-    """Puts what nothing reaches where it belongs; the owner is whose lease counts."""
-    is_old = unit.modified is not None and unit.modified < since
-    is_held = owner.has_lease and read_holder(storage, owner.path) is not None
-    (survey.garbage if is_old and not is_held else survey.young).append(unit)
 
 
 def _group(storage: Storage) -> Iterator[tuple[str, list[StoredFile]]]:

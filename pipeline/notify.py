@@ -83,12 +83,12 @@ def tells_how_it_ended(function: Callable[P, T]) -> Callable[P, T]:
         with failure_is_told(config, given["observer"], plans):
             outcome: Any = function(*args, **kwargs)
         tell = functools.partial(_tell, config, given["observer"])
+        describe = functools.partial(_describe_success, config, plans, outcome)
         if any(p.action != "cached" for plan in plans for p in plan.steps):
-            document = _describe_success(config, plans, outcome)
-            tell("success", document)
-            was_promoted = (document["promotion"] or {}).get("promoted")
-            if was_promoted and "promote" in _steps_run(plans):
-                tell("promote", document)
+            tell("success", describe)
+            promotion = outcome.manifests.get("promote", {"metrics": {}})["metrics"]
+            if promotion.get("promoted") and "promote" in _steps_run(plans):
+                tell("promote", describe)
         return outcome
 
     return run
@@ -110,7 +110,8 @@ def failure_is_told(
     except BusyError:
         raise
     except Exception as error:
-        _tell(config, observer, "failure", _describe_failure(config, plans, error))
+        describe = functools.partial(_describe_failure, config, plans, error)
+        _tell(config, observer, "failure", describe)
         raise
 
 
@@ -125,12 +126,19 @@ def tell_refusal(
         sentence: for people.
         facts: JSON, for the document.
     """
-    document = _describe_failure(config, (), RefusedError(sentence))
-    _tell(config, observer, "failure", {**document, **facts})
+    error = RefusedError(sentence)
+    _tell(config, observer, "failure", lambda: {**_describe_failure(config, (), error), **facts})
 
 
-def _tell(config: Config, observer: Observer, kind: Event, document: Mapping[str, Any]) -> None:
-    if fault := notify(config, kind, document):
+def _tell(
+    config: Config, observer: Observer, kind: Event, describe: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Tells what there is to tell; whatever goes wrong with it is a note."""
+    try:
+        fault = notify(config, kind, describe())
+    except Exception as error:  # its text may hold a URL, which is a secret
+        fault = f"notify.on_{kind}: it could not be told ({type(error).__name__})"
+    if fault:
         observer(WorkflowEvent("note", "notify", {"text": fault}))
 
 
@@ -178,32 +186,43 @@ def _steps_run(plans: Sequence[Any]) -> set[str]:
 
 def _run(command: Sequence[str], event: Event, content: bytes, timeout_s: float) -> str | None:
     """Runs a command with the document on its standard input, and in a file that it is named."""
-    with tempfile.TemporaryDirectory(prefix="raydiffusion-") as directory:
-        path, log = Path(directory, "notification.json"), Path(directory, "stderr")
-        path.write_bytes(content)
-        environment = {**os.environ, **dict(zip(VARIABLES, (event, str(path)), strict=True))}
-        with path.open("rb") as stdin, log.open("wb") as stderr:
-            try:
-                process = subprocess.Popen(
-                    list(command),
-                    env=environment,
-                    stdin=stdin,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    start_new_session=True,  # so that what it starts ends with it
-                )
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                return f"the command {command[0]} cannot be started: {reason}"
-            try:
-                status = process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return f"the command {command[0]} took more than {timeout_s:g} s, and was ended"
-        if status == 0:
-            return None
-        lines = log.read_text(errors="replace").strip().splitlines()
-        last = f": {lines[-1][:SHOWN]}" if lines else ""
-        return f"the command {command[0]} ended with {status}{last}"
+    try:
+        made = tempfile.TemporaryDirectory(prefix="raydiffusion-", ignore_cleanup_errors=True)
+        with made as directory:
+            return _run_in(Path(directory), command, event, content, timeout_s)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        return f"the command {command[0]} cannot be given the document: {reason}"
+
+
+def _run_in(
+    directory: Path, command: Sequence[str], event: Event, content: bytes, timeout_s: float
+) -> str | None:
+    path, log = directory / "notification.json", directory / "stderr"
+    path.write_bytes(content)
+    environment = {**os.environ, **dict(zip(VARIABLES, (event, str(path)), strict=True))}
+    with path.open("rb") as stdin, log.open("wb") as stderr:
+        try:
+            process = subprocess.Popen(
+                list(command),
+                env=environment,
+                stdin=stdin,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # so that what it starts ends with it
+            )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            return f"the command {command[0]} cannot be started: {reason}"
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"the command {command[0]} took more than {timeout_s:g} s, and was ended"
+    if status == 0:
+        return None
+    lines = log.read_text(errors="replace").strip().splitlines()
+    last = f": {lines[-1][:SHOWN]}" if lines else ""
+    return f"the command {command[0]} ended with {status}{last}"

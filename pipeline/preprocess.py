@@ -20,11 +20,10 @@ from pipeline.dataset import check_document, make_document
 from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard, list_inputs
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import STORAGE_THREADS, Storage, open_storage
 from pipeline.tasks import share_out
 from pipeline.units import (
     SPLITS,
-    STORAGE_THREADS,
     missing_units,
     read_units,
     unit_directory,

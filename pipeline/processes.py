@@ -35,16 +35,27 @@ def is_process_alive(pid: int) -> bool:
     return True
 
 
+@cache
+def process_place() -> str:
+    """This host, its boot and the container in one word: where an id means the same process."""
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    text = f"{socket.gethostname()} {boot_id()} {namespace}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def process_tag() -> str:
     """A name for this process, to be put into the names of files that only it writes."""
-    return f"{_place()}-{os.getpid()}-{process_started(os.getpid()) or 0}"
+    return f"{process_place()}-{os.getpid()}-{process_started(os.getpid()) or 0}"
 
 
 def is_tag_dead(tag: str) -> bool | None:
     """Whether the process of a tag is gone; None where that cannot be seen from here."""
     place, _, process = tag.partition("-")
     pid, _, started = process.partition("-")
-    if place != _place() or not (pid.isdigit() and started.isdigit()) or started == "0":
+    if place != process_place() or not (pid.isdigit() and started.isdigit()) or started == "0":
         return None
     return process_started(int(pid)) != int(started)
 
@@ -59,14 +70,3 @@ def find_processes(mark: str) -> list[int]:
         except OSError:  # it has ended, or is another user's
             continue
     return [pid for pid in found if pid != os.getpid()]
-
-
-@cache
-def _place() -> str:
-    """Of this host, its boot and the container: where an id means the same process."""
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    text = f"{socket.gethostname()} {boot_id()} {namespace}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

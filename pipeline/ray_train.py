@@ -10,8 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import ERRORS, EvaluationError, RaydiffusionError, TrainingError
+from pipeline.object_storage import ObjectStorage
 from pipeline.settings import Config
-from pipeline.storage import ObjectStorage, Storage
+from pipeline.storage import Storage
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # of an exchange between ranks: one that is gone is noticed
 

@@ -1,26 +1,28 @@
 """What must stay below a storage root: all that runs, versions and pinned evaluations reach.
 
-A run's record reaches the results and the begun work of its steps, and what these read. A version
-of a model reaches the results that it was made of; the champion also the checkpoints with which
-its training can go on. What is then left over is deleted by `garbage.py`.
+A run's record reaches the results and the begun work of its steps, and what these read; so does
+what a cycle of `retrain` tells of its work beside runs while it goes on. A version of a model
+reaches the results that it was made of; the champion also the checkpoints with which its training
+can go on. What is then left over is deleted by `garbage.py`.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.leases import read_holder
+from pipeline.leases import find_living
 from pipeline.lineage import is_made_by
 from pipeline.registry import Registry
+from pipeline.runs import directory_of_cycle, read_needs
 from pipeline.storage import Storage, damaged
 from pipeline.units import units_of_step
 from pipeline.workflow import hash_json, read_artifact, read_manifest
 
 DATA_SET, EXTRACTOR = "dataset.json", "extractor.safetensors"  # artifacts that others rest on
 _KEY = re.compile(r"[0-9a-f]{32}")
-_READ_OTHERWISE = ("versions", "promotions", "lease-")
+_READ_OTHERWISE = ("versions", "promotions", "lease-", "retrain/")
 
 
 @dataclass
@@ -68,8 +70,11 @@ def find_reached(
     walk = _Walk(storage, Reached(), {key: [] for _, key in results})
     for step, key in results:
         walk.steps_of_key[key].append(step)
-    champions = {}
-    for name in storage.list("models"):
+    models, runs = storage.list("models"), storage.list("runs")
+    leased = [directory_of_cycle(name) for name in models] + [f"runs/{name}" for name in runs]
+    living = find_living(storage, leased)
+    champions: dict[str, dict[str, Any] | None] = {}
+    for name in models:
         registry = Registry(storage, name)
         champions[name] = registry.champion()
         for version in registry.versions():
@@ -78,7 +83,9 @@ def find_reached(
             walk.reached.paths.add(f"steps/train/{champion['checkpoint']['series']}")
         for key in _keys_named(storage, f"models/{name}"):
             walk.add_key(key)
-    for document in _runs_that_stay(storage, champions, keep_runs, young):
+        if directory_of_cycle(name) in living and (needs := read_needs(storage, name)) is not None:
+            walk.add_needs(needs)
+    for document in _runs_that_stay(storage, runs, champions, keep_runs, young | living):
         walk.add_run(document)
     for step, key in results:
         if f"steps/{step}/{key}" in young and step != "shard":  # which rests on no other
@@ -100,6 +107,10 @@ class _Walk:
         """All that a run's steps have made or begun, and its own pages."""
         self.reached.runs.append(document["run"])
         self.reached.paths.add(f"runs/{document['run']}")
+        self.add_needs(document)
+
+    def add_needs(self, document: Mapping[str, Any]) -> None:
+        """All that some steps have made or begun."""
         self.reached.paths.update(document["directories"].values())
         for step, identity in document["identities"].items():
             self.add_step(step, hash_json(identity), identity)
@@ -160,12 +171,13 @@ class _Walk:
 
 def _runs_that_stay(
     storage: Storage,
+    runs: Sequence[str],
     champions: Mapping[str, Mapping[str, Any] | None],
     keep_runs: int,
     young: Set[str],
 ) -> Iterator[Mapping[str, Any]]:
     """Runs that are at work, recent, among the latest of their name, or that made a champion."""
-    found = [_read_json(storage, f"runs/{name}/run.json") for name in storage.list("runs")]
+    found = [_read_json(storage, f"runs/{name}/run.json") for name in runs]
     documents = [document for document in found if document is not None]
     documents.sort(key=lambda document: document["executions"][-1]["started"], reverse=True)
     seen: dict[str, int] = {}
@@ -176,7 +188,6 @@ def _runs_that_stay(
             seen[name] <= keep_runs
             or path in young
             or is_made_by(champions.get(name) or {}, document["identities"])
-            or read_holder(storage, path) is not None
         ):
             yield document
 

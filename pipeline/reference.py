@@ -20,9 +20,9 @@ from pipeline.errors import StorageError
 from pipeline.feature_cache import FeatureCache, FeatureFile, list_files, make_features
 from pipeline.features import check_counts
 from pipeline.scores.frechet import FeatureSums, sum_features
-from pipeline.storage import Storage
+from pipeline.storage import STORAGE_THREADS, Storage
 from pipeline.tasks import own_errors, share_out
-from pipeline.units import SPLITS, STORAGE_THREADS
+from pipeline.units import SPLITS
 from pipeline.workflow import StepContext, read_artifact
 
 LOOK_EVERY_S = 1.0

@@ -12,11 +12,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BusyError, ConfigError, StorageError
-from pipeline.storage import Storage
+from pipeline.storage import STORAGE_THREADS, Storage, claim
 
 PROMOTION, ROLLBACK = "promotion", "rollback"
 SHOWN = 10  # of the versions there are
@@ -47,11 +48,11 @@ class Registry:
         Raises:
             ConfigError: there is none of that number.
         """
-        versions = self.versions()
-        for document in versions:
-            if document["number"] == number:
-                return document
-        known = ", ".join(str(v["number"]) for v in versions[-SHOWN:]) or "none"
+        directory, name = f"models/{self.name}/versions", f"{number:06d}.json"
+        names = self.storage.list(directory)
+        if name in names:
+            return self._read(f"{directory}/{name}")
+        known = ", ".join(str(int(name.partition(".")[0])) for name in names[-SHOWN:]) or "none"
         raise ConfigError(
             f"The model {self.name} below {self.storage.uri} has no version {number}. The latest "
             f"there: {known}."
@@ -59,8 +60,8 @@ class Registry:
 
     def champion(self) -> dict[str, Any] | None:
         """The version that is in use, or None."""
-        promotions = self.promotions()
-        return self.version(promotions[-1]["version"]) if promotions else None
+        last = self.records("promotions", last=1)
+        return self.version(last[0]["version"]) if last else None
 
     def add_version(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Records a version under the next number; one with the same `key` is found again."""
@@ -114,7 +115,7 @@ class Registry:
         return self._promote(line[-2], reason, ROLLBACK, promotions[-1]["number"])
 
     def _promote(self, version: int, reason: str, kind: str, after: int | None) -> dict[str, Any]:
-        promotions = self.promotions()
+        promotions = self.records("promotions", last=1)
         last = promotions[-1] if promotions else {"number": 0, "version": None}
         if last["version"] == version:
             return last
@@ -130,7 +131,7 @@ class Registry:
         }
         if entry := self.add_record("promotions", promotions, document):
             return entry
-        last = self.promotions()[-1]
+        (last,) = self.records("promotions", last=1)
         if last["version"] == version:
             return last  # another did the same
         raise self._overtaken(version, last)
@@ -149,7 +150,7 @@ class Registry:
 
         Args:
             kind: the directory, as `versions`.
-            present: those there are of the kind.
+            present: those there are of the kind; the last one is enough.
             document: of it; a number in it is replaced.
         """
         number = present[-1]["number"] + 1 if present else 1
@@ -165,16 +166,23 @@ class Registry:
             document: all of it.
         """
         path = f"models/{self.name}/{kind}/{name}.json"
-        return self.storage.create(path, json.dumps(document, indent=1).encode())
+        return claim(self.storage, path, json.dumps(document, indent=1).encode())
 
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        """All records of a kind, by name.
+    def records(self, kind: str, *, last: int | None = None) -> list[dict[str, Any]]:
+        """The records of a kind, by name.
+
+        Args:
+            kind: the directory.
+            last: only so many, from the end; all if not given.
 
         Raises:
             StorageError: one is missing or no JSON.
         """
         directory = f"models/{self.name}/{kind}"
-        return [self._read(f"{directory}/{name}") for name in self.storage.list(directory)]
+        names = self.storage.list(directory)
+        paths = [f"{directory}/{name}" for name in names[-last if last else 0 :]]
+        with ThreadPoolExecutor(STORAGE_THREADS) as pool:
+            return list(pool.map(self._read, paths))
 
     def _read(self, path: str) -> dict[str, Any]:
         try:

@@ -141,7 +141,7 @@ def _find_cycle(
     new = {s.name: s.sha256 for s in shards if s.sha256 not in known}
     if not new:
         return _nothing_new(registry, None)
-    evaluation = pin_first(registry) if registry.versions() else None
+    evaluation = pin_first(registry) if registry.records("versions", last=1) else None
     start = None
     if champion is not None and evaluation is not None:
         _check_comparable(registry, config, champion, evaluation)
@@ -296,11 +296,10 @@ def _test(
     from pipeline.dataset import read_dataset  # torch: not where nothing is new
     from pipeline.drift import measure_shards
 
-    planned = make_plan(config, ("preprocess",), basis=basis)
-    data = bring_about(config, planned, observer=observer)["preprocess"]
+    made = bring_about(config, ("preprocess",), basis=basis, observer=observer)
     measured = measure_shards(
         registry.storage,
-        read_dataset(registry.storage, data),
+        read_dataset(registry.storage, made["preprocess"]),
         [shard.name for shard in suspects],
         basis.pinned,
         factor=config.retrain.drift_factor,

@@ -19,11 +19,38 @@ from pipeline.storage import Storage
 from pipeline.workflow import Event, PlannedStep
 
 SWEEP = "garbage"  # whose lease `garbage.py` holds while it deletes
+NEEDS = "needs.json"
 
 
 def run_id(config: Config, planned: Sequence[PlannedStep]) -> str:
     """The name of the run that this config and these shards make."""
     return f"{config.name}-{planned[-1].key[:8]}"
+
+
+def directory_of_cycle(model: str) -> str:
+    """Whose lease is held by who retrains a model, or pins another evaluation for it."""
+    return f"models/{model}/retrain"
+
+
+def record_needs(storage: Storage, model: str, planned: Sequence[PlannedStep]) -> bool:
+    """Tells clean-ups what a cycle needs for work that has no run; as long as its lease is held.
+
+    Args:
+        storage: the root.
+        model: whose cycle this process holds.
+        planned: the steps of the work.
+
+    Returns:
+        Whether a clean-up that had begun was waited for, which may have deleted some of it.
+    """
+    path = f"{directory_of_cycle(model)}/{NEEDS}"
+    storage.replace(path, json.dumps(_describe_needs(planned)).encode())
+    return await_release(storage, SWEEP)
+
+
+def read_needs(storage: Storage, model: str) -> dict[str, Any] | None:
+    """What a cycle of a model has told that it needs, or None."""
+    return _read_json(storage, f"{directory_of_cycle(model)}/{NEEDS}")
 
 
 class RunRecord:
@@ -45,15 +72,15 @@ class RunRecord:
             "executions": [],
         }
         self._events = _read_text(storage, f"{self.directory}/events.jsonl")
+        needs = _describe_needs(planned)
         self.document: dict[str, Any] = {
             "run": run,
             "name": config.name,
             "target": target,
             "config": config.model_dump(mode="json"),
             # A verb for one step plans a part; what was known of the others stays.
-            "identities": before["identities"] | {p.step.name: dict(p.identity) for p in planned},
-            "directories": before["directories"]
-            | {p.step.name: p.series_directory for p in planned},
+            "identities": before["identities"] | needs["identities"],
+            "directories": before["directories"] | needs["directories"],
             "executions": before["executions"],
         }
         self._execution: dict[str, Any] = {
@@ -112,6 +139,14 @@ class RunRecord:
         self.storage.replace(
             f"{self.directory}/run.json", json.dumps(self.document, indent=1).encode()
         )
+
+
+def _describe_needs(planned: Sequence[PlannedStep]) -> dict[str, dict[str, Any]]:
+    """What clean-ups find the results of steps by, and what is begun of them."""
+    return {
+        "identities": {p.step.name: dict(p.identity) for p in planned},
+        "directories": {p.step.name: p.series_directory for p in planned},
+    }
 
 
 def read_run(storage: Storage, run: str) -> dict[str, Any]:

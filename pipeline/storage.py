@@ -2,7 +2,7 @@
 
 `create` makes a file that was not there, whole or not at all, and tells whether it did;
 `replace` swaps a file's content atomically. Everything durable in the project rests on these
-two. Paths are relative to the root, with forward slashes.
+two. Paths are relative to the root, with forward slashes. Object stores are in `object_storage.py`.
 """
 
 import contextlib
@@ -10,17 +10,17 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipeline.errors import StorageError
 from pipeline.processes import is_tag_dead, process_tag
 
 Content = bytes | Sequence[memoryview]  # whole, or in parts
 
+STORAGE_THREADS = 16  # object stores answer many small questions at once
 _STAGED = ".staged-"
 STALE_S = 86_400.0  # a file that another host staged is left from a killed write after that
 _seen: set[Path] = set()  # directories in which this process has looked for such files
@@ -86,8 +86,23 @@ class Storage(Protocol):
 def open_storage(root: str) -> Storage:
     """Opens a storage root by path or URI; nothing is created yet."""
     if "://" in root and not root.startswith("file://"):
+        from pipeline.object_storage import ObjectStorage  # rests on this module
+
         return ObjectStorage(root.rstrip("/"))
     return LocalStorage(str(Path(root.removeprefix("file://")).expanduser().resolve()))
+
+
+def claim(storage: Storage, path: str, content: bytes) -> bool:
+    """Creates a file by whose content its writer is known; whether the one there is this writer's.
+
+    An object store that has written may fail to say so, and the next try finds the file there.
+    """
+    if storage.create(path, content):
+        return True
+    try:
+        return storage.read(path) == content
+    except FileNotFoundError:  # it has come and gone
+        return False
 
 
 def check_writable(storage: Storage) -> None:
@@ -98,7 +113,7 @@ def check_writable(storage: Storage) -> None:
     """
     probe = f"probes/{uuid.uuid4().hex}"
     try:
-        created = storage.create(probe, b"1"), storage.create(probe, b"2")
+        created = claim(storage, probe, b"1"), storage.create(probe, b"2")
         storage.read(probe)
     except FileNotFoundError as error:
         raise StorageError(
@@ -133,7 +148,7 @@ class LocalStorage:
             except FileExistsError:
                 return False
             except FileNotFoundError as error:
-                raise _refused("write", path, "what was written is gone") from error
+                raise refused("write", path, "what was written is gone") from error
         return True
 
     def replace(self, path: str, content: bytes) -> None:
@@ -141,14 +156,14 @@ class LocalStorage:
             try:
                 staged.replace(self._path(path))
             except FileNotFoundError as error:
-                raise _refused("write", path, "what was written is gone") from error
+                raise refused("write", path, "what was written is gone") from error
 
     def read(self, path: str) -> bytes:
-        with _as_storage_error("read", self._path(path)):
+        with as_storage_error("read", self._path(path)):
             return self._path(path).read_bytes()
 
     def exists(self, path: str) -> bool:
-        with _as_storage_error("look for", self._path(path)):
+        with as_storage_error("look for", self._path(path)):
             try:
                 self._path(path).stat()
             except FileNotFoundError:
@@ -156,7 +171,7 @@ class LocalStorage:
         return True
 
     def list(self, directory: str) -> list[str]:
-        with _as_storage_error("list", self._path(directory)):
+        with as_storage_error("list", self._path(directory)):
             try:
                 names = os.listdir(self._path(directory))
             except FileNotFoundError:
@@ -174,7 +189,7 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:
         target = self._path(path)
-        with _as_storage_error("delete", target), contextlib.suppress(FileNotFoundError):
+        with as_storage_error("delete", target), contextlib.suppress(FileNotFoundError):
             if target.is_dir():
                 import shutil
 
@@ -199,15 +214,13 @@ class LocalStorage:
         """The content in a file of its own beside the target, removed afterwards."""
         target = self._path(path)
         staged = target.parent / f"{_STAGED}{process_tag()}-{uuid.uuid4().hex}"
-        with _as_storage_error("write", target):
+        with as_storage_error("write", target):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
             except FileExistsError as error:
-                raise _refused(
-                    "write", target, "a file is where the directory should be"
-                ) from error
+                raise refused("write", target, "a file is where the directory should be") from error
             except FileNotFoundError as error:  # the parents cannot be made, as below /proc
-                raise _refused("write", target, "its directory cannot be made") from error
+                raise refused("write", target, "its directory cannot be made") from error
             if target.parent not in _seen:
                 _remove_stale(target.parent)
                 _seen.add(target.parent)
@@ -221,98 +234,11 @@ class LocalStorage:
                 staged.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class ObjectStorage:
-    """A prefix of an object store, through fsspec. Objects appear whole or not at all."""
-
-    uri: str
-
-    def create(self, path: str, content: Content) -> bool:
-        with _as_storage_error("write", self._path(path)):
-            try:
-                self._filesystem.pipe_file(self._path(path), join_content(content), mode="create")
-            except FileExistsError:
-                return False
-        return True
-
-    def replace(self, path: str, content: bytes) -> None:
-        with _as_storage_error("write", self._path(path)):
-            self._filesystem.pipe_file(self._path(path), content)
-
-    def read(self, path: str) -> bytes:
-        with _as_storage_error("read", self._path(path)):
-            return self._filesystem.cat_file(self._path(path))
-
-    def exists(self, path: str) -> bool:
-        with _as_storage_error("look for", self._path(path)):
-            self._filesystem.invalidate_cache()
-            return self._filesystem.exists(self._path(path))
-
-    def list(self, directory: str) -> list[str]:
-        with _as_storage_error("list", self._path(directory)):
-            self._filesystem.invalidate_cache()
-            try:
-                names = self._filesystem.ls(self._path(directory), detail=False)
-            except FileNotFoundError:
-                return []
-        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
-
-    def files(self, directory: str) -> Iterator[StoredFile]:
-        filesystem, path = self._filesystem, self._path(directory)
-        with _as_storage_error("list", path):
-            filesystem.invalidate_cache()
-            found = filesystem.find(path, detail=True)
-        start = len(filesystem._strip_protocol(self.uri)) + 1
-        for name, facts in sorted(found.items()):
-            yield StoredFile(name[start:], int(facts.get("size") or 0), _time_written(facts))
-
-    def delete(self, path: str) -> None:
-        with (
-            _as_storage_error("delete", self._path(path)),
-            contextlib.suppress(FileNotFoundError),
-        ):
-            self._filesystem.rm(self._path(path), recursive=True)
-
-    def clean(self, directory: str) -> None:
-        pass  # an object is there whole or not at all
-
-    def _path(self, path: str) -> str:
-        return f"{self.uri}/{path}"
-
-    @property
-    def _filesystem(self) -> Any:
-        import fsspec  # only here: local roots must not pay for it
-
-        try:
-            # fsspec keeps one instance per process.
-            return fsspec.core.url_to_fs(self.uri)[0]
-        except ImportError as error:
-            extra = "gcs" if self.uri.startswith(("gs:", "gcs:")) else "s3"
-            raise StorageError(
-                f"Storage at {self.uri} needs a library that is not installed ({error}). "
-                f"Install raydiffusion[{extra}]."
-            ) from error
-
-
-def _time_written(facts: Mapping[str, Any]) -> float | None:
-    """Of an object, from what its listing says; each kind of store has its own word."""
-    for name in ("LastModified", "mtime", "updated", "last_modified", "created"):
-        value = facts.get(name)
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = datetime.fromisoformat(value)
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, int | float):
-            return float(value)
-    return None
-
-
 def _raise_unless_gone(error: OSError) -> None:
     """What a walk does with a directory that cannot be listed."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         reason = error.strerror or str(error)
-        raise _refused("list", error.filename, reason) from error
+        raise refused("list", error.filename, reason) from error
 
 
 def join_content(content: Content) -> bytes:
@@ -369,7 +295,7 @@ def _remove_stale(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_storage_error(verb: str, path: str | Path) -> Iterator[None]:
+def as_storage_error(verb: str, path: str | Path) -> Iterator[None]:
     """Lets FileNotFoundError and FileExistsError through: callers give them a meaning."""
     try:
         yield
@@ -379,10 +305,11 @@ def _as_storage_error(verb: str, path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # object stores fail with the errors of many libraries
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise _refused(verb, path, reason) from error
+        raise refused(verb, path, reason) from error
 
 
-def _refused(verb: str, path: str | Path, reason: str) -> StorageError:
+def refused(verb: str, path: str | Path, reason: str) -> StorageError:
+    """The error for what the storage would not do."""
     return StorageError(
         f"Cannot {verb} {path}: {reason}. Check the path, its permissions and free space, or set "
         "storage.root to another place."

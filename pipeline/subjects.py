@@ -142,11 +142,30 @@ def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:
                     f"{error} What it takes options to read, `raydiffusion import {path} --output "
                     "FOLDER` reads; then give the folder."
                 ) from error
-            return _copy_folder(Path(directory, "model"), path.name, config, storage)
-    return _copy_folder(path, path.name, config, storage)
+            return GivenModel(
+                _copy_folder(Path(directory, "model"), path.name, config, storage), path
+            )
+    return GivenModel(_copy_folder(path, path.name, config, storage), path)
 
 
-def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> GivenModel:
+def copy_again(model: GivenModel, config: Config, storage: Storage) -> None:
+    """Copies a model once more that a clean-up took before a run's record told that it is needed.
+
+    Args:
+        model: as it was imported.
+        config: whose data set it is evaluated on.
+        storage: the root.
+
+    Raises:
+        DataError: what it was copied from is gone.
+        StorageError: the root cannot be written.
+    """
+    is_whole = storage.exists(f"{_directory(model.key)}/{MODEL_FILE}")  # it is deleted first
+    if model.path is not None and not is_whole:
+        import_model(model.path, config, storage)
+
+
+def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> str:
     document, weights = read_document(folder), read_weights(folder, read_document(folder))
     unet, data = document.unet, config.data
     factor = 2 ** (len(unet.dim_mults) - 1)
@@ -178,7 +197,7 @@ def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> G
     directory = _directory(key)
     storage.create(f"{directory}/{WEIGHTS}", weights)
     storage.create(f"{directory}/{MODEL_FILE}", content)
-    return GivenModel(key)
+    return key
 
 
 def _count_labels(

@@ -34,6 +34,7 @@ class Timetable:
     expression: str
     zone: tzinfo
     triggers: tuple[Any, ...]  # of APScheduler; one of them is enough
+    is_of_the_day: bool  # at hours and minutes that are named, and not again and again
 
     @property
     def timezone(self) -> str:
@@ -41,17 +42,28 @@ class Timetable:
         return str(self.zone)
 
     def next_after(self, seconds: float) -> float | None:
-        """The first time after one, in seconds since the epoch; None where there is none."""
+        """The first time after one, in seconds since the epoch; None where there is none.
+
+        Where the clock goes back, a time of the day comes once, as with cron.
+        """
         after = datetime.fromtimestamp(math.floor(seconds) + 1, self.zone)
-        found = [trigger.get_next_fire_time(None, after) for trigger in self.triggers]
+        found = [self._next_of(trigger, after) for trigger in self.triggers]
         return min((time.timestamp() for time in found if time is not None), default=None)
+
+    def _next_of(self, trigger: Any, after: datetime) -> datetime | None:
+        time = trigger.get_next_fire_time(None, after)
+        while time is not None and self.is_of_the_day and _was_before(time):
+            later = datetime.fromtimestamp(time.timestamp() + 1, self.zone)
+            time = trigger.get_next_fire_time(None, later)
+        return time
 
 
 def parse_timetable(expression: str, timezone: str | None, now: float) -> Timetable:
     """Reads a cron expression of five fields as cron does.
 
     As in crontab(5) of Paul Vixie's cron, days of the week count from Sunday, as 0 or 7, and where
-    both kinds of days are restricted, either is enough.
+    both kinds of days are restricted, either is enough. Where hour or minute begins with `*`, it
+    runs again and again, also through an hour that the change of the clock repeats.
 
     Args:
         expression: minute, hour, day of the month, month, day of the week.
@@ -82,7 +94,8 @@ def parse_timetable(expression: str, timezone: str | None, now: float) -> Timeta
         raise ConfigError(
             f"--at {expression!r} is no cron expression: {reason}. {example}"
         ) from error
-    timetable = Timetable(expression, zone, triggers)
+    is_of_the_day = not (minute.startswith("*") or hour.startswith("*"))
+    timetable = Timetable(expression, zone, triggers, is_of_the_day)
     if timetable.next_after(now) is None:
         raise ConfigError(f"--at {expression!r} names a time that never comes. {example}")
     return timetable
@@ -262,6 +275,12 @@ def _name_days(text: str) -> str:
 
 def _number(day: str) -> int:
     return int(day) if day.isdigit() else DAYS.index(day)
+
+
+def _was_before(time: datetime) -> bool:
+    """Whether the clock has shown the same already, before it went back."""
+    first = time.replace(fold=0)
+    return time.fold == 1 and time.utcoffset() != first.utcoffset()
 
 
 def _find_zone(name: str | None) -> tzinfo:

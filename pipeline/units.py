@@ -14,12 +14,11 @@ from typing import Any
 from pipeline.errors import StorageError
 from pipeline.settings import NOT_OF_THE_DATA_SET, DataConfig
 from pipeline.sources import InputShard
-from pipeline.storage import Storage, damaged
+from pipeline.storage import STORAGE_THREADS, Storage, damaged
 from pipeline.workflow import hash_json
 
 SPLITS = ("train", "validation", "test")
 UNIT_VERSION = 3  # raise when the same shard and transform make other bytes
-STORAGE_THREADS = 16  # object stores answer many small questions at once
 # What is decided over all units together, not in each.
 _NOT_OF_A_UNIT = NOT_OF_THE_DATA_SET | {"max_bad_fraction", "drop_duplicates"}
 

@@ -1,7 +1,12 @@
-"""Posting JSON to a webhook, more than once if need be. Of the URL at most the host is said."""
+"""Posting JSON to a webhook, more than once if need be. Of the URL at most the host is said.
+
+urllib bounds each wait for a byte, and the resolver not at all. So each attempt is made in a
+thread, which is left alone when its time is over.
+"""
 
 import http.client
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +28,7 @@ def post(
     Args:
         receiver: a URL, or `env:NAME` with the name of a variable that holds one.
         content: the JSON.
-        timeout_s: seconds for each attempt.
+        timeout_s: seconds for each attempt, from its first to its last byte.
         sleep: waits between attempts.
     """
     url, name = receiver, receiver.removeprefix(FROM_ENVIRONMENT)
@@ -41,8 +46,8 @@ def post(
             method="POST",
         )
         try:
-            with _OPENER.open(request, timeout=timeout_s):
-                return None
+            _open(request, timeout_s)
+            return None
         except urllib.error.HTTPError as error:
             error.close()
             fault = f"{what} answered {error.code}"
@@ -52,12 +57,39 @@ def post(
             reason = getattr(error, "reason", error)
             if not isinstance(reason, OSError):  # whose text has no URL; that of others may
                 reason = OSError(None, type(error).__name__)
+            if isinstance(reason, TimeoutError):
+                reason = OSError(None, f"no answer within {timeout_s:g} s")
             fault = f"{what} cannot be reached ({reason.strerror or type(reason).__name__})"
         except ValueError:  # an address that urllib cannot read
             return f"{what} has a URL that cannot be used"
         if delay_s is not None:
             sleep(delay_s)
     return f"{fault}, {1 + len(RETRY_DELAYS_S)} times"
+
+
+def _open(request: urllib.request.Request, timeout_s: float) -> None:
+    """Sends a request and reads the head of the answer.
+
+    Raises:
+        TimeoutError: its time is over.
+        Exception: whatever urllib raises.
+    """
+    found: list[Exception | None] = []
+
+    def attempt() -> None:
+        try:
+            with _OPENER.open(request, timeout=timeout_s):
+                found.append(None)
+        except Exception as error:  # raised by who waits
+            found.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not found:
+        raise TimeoutError
+    if found[0] is not None:
+        raise found[0]
 
 
 class _Refuse(urllib.request.HTTPRedirectHandler):

@@ -247,7 +247,10 @@ class ObjectStore:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []  # (method, path)
-        self.fails: Callable[[str, str], bool] = lambda method, path: False
+        self.fails: Callable[[str, str], bool]
+        self.conflicts: Callable[[str, str], bool]  # as S3 does while another writes the same
+        self.loses: Callable[[str, str], bool]  # does what is asked, and does not say so
+        self.heal()
         self._backend = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self._application, threaded=True)
         self.filesystem: Any = None
@@ -259,7 +262,20 @@ class ObjectStore:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("507 Insufficient Storage", [("Content-Length", "0")])
             return []
+        if self.conflicts(method, path):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = b"<Error><Code>ConditionalRequestConflict</Code><Message>x</Message></Error>"
+            start_response("409 Conflict", [("Content-Length", str(len(body)))])
+            return [body]
+        if self.loses(method, path):
+            list(self._backend(environ, lambda *_: None))
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return []
         return self._backend(environ, start_response)
+
+    def heal(self) -> None:
+        """Fails no more."""
+        self.fails = self.conflicts = self.loses = lambda method, path: False
 
     def read(self) -> list[str]:
         """The paths of the objects whose content was read."""
@@ -297,7 +313,7 @@ def object_store(_object_store: ObjectStore) -> Iterator[tuple[ObjectStore, str]
     _object_store.filesystem.mkdir(bucket)
     _object_store.requests.clear()
     yield _object_store, bucket
-    _object_store.fails = lambda method, path: False
+    _object_store.heal()
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class NotifyConfig(Section):
         default=None, description="when a run made a version the champion"
     )
     timeout_s: float = Field(
-        default=30.0, gt=0, le=600, description="for a command, and for each answer of a webhook"
+        default=30.0, gt=0, le=600, description="for a command, and for each attempt at a webhook"
     )
 
     @field_validator("on_success", "on_failure", "on_promote", mode="wrap")

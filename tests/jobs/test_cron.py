@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
+from jobs.cron import Runner
 from pipeline.leases import hold_lease, read_holder
 from pipeline.storage import LocalStorage
 from pipeline.timetable import read_state
@@ -120,3 +123,35 @@ def test_a_signal_ends_what_runs_and_leaves_it_due(
     assert state is not None
     assert (state.failures, state.last, state.running_since) == (0, None, None)
     assert read_holder(storage, "schedules/tiny") is None
+
+
+def test_a_signal_may_come_at_any_moment_of_a_wait() -> None:
+    """Between any two lines, of the library's as well; none may hold what the handler wants."""
+    moments, ended = [0], threading.Event()
+
+    def wait_interrupted_at(moment: int) -> bool:
+        runner, lines = Runner([], quiet=True), [0]
+
+        def trace(frame: FrameType, event: str, arg: Any) -> Any:
+            lines[0] += event == "line"
+            if lines[0] == moment and runner.signal is None:
+                runner.on_signal(signal.SIGTERM, None)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            runner.wait(0.001)
+        finally:
+            sys.settrace(None)
+        was_interrupted = runner.signal is not None
+        assert runner.wait(60.0 if was_interrupted else 0.0) == was_interrupted
+        return was_interrupted
+
+    def interrupt_everywhere() -> None:
+        while wait_interrupted_at(moments[0] + 1):
+            moments[0] += 1
+        ended.set()
+
+    threading.Thread(target=interrupt_everywhere, daemon=True).start()
+    assert ended.wait(timeout=60), f"it hangs, interrupted at line {moments[0] + 1}"
+    assert moments[0] > 0

@@ -115,7 +115,7 @@ def test_of_two_at_once_one_is_told(registry: Registry, tmp_path: Path) -> None:
     process = context.Process(target=wait_inside, args=(str(tmp_path), is_in, may_leave))
     process.start()
     assert is_in.wait(timeout=60)
-    message = rf"m is being retrained, or gets another reference, by process {process.pid} on "
+    message = rf"Process {process.pid} on \S+ retrains m, or pins another reference for it, already"
     with pytest.raises(BusyError, match=message), hold_cycle(registry):
         pass
     may_leave.set()

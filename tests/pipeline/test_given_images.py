@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import load_config
-from pipeline.driver import find_subject
 from pipeline.errors import ConfigError, DataError
 from pipeline.settings import Config
-from pipeline.subject_kinds import GivenImages
+from pipeline.subject_kinds import GivenImages, find_subject
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ from pipeline.node_checks import (
     check_versions,
     judge_temp,
 )
+from pipeline.object_storage import ObjectStorage
 from pipeline.probes import BUSY, UNSHARED, Facts, Question, look
 from pipeline.settings import Config, DataConfig, TrainConfig
-from pipeline.storage import ObjectStorage, open_storage
+from pipeline.storage import open_storage
 
 A = Node(4, 0, "a", "10.0.0.1", object_store_bytes=1 << 30, temp="/tmp/ray")
 B = Node(4, 0, "b", "10.0.0.2", object_store_bytes=1 << 30, temp="/tmp/ray")

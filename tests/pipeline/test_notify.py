@@ -1,9 +1,13 @@
 """Who is told how a run ended: real commands, a real web server, and runs that fail."""
 
+import errno
 import json
+import os
 import re
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import notify as module
 from pipeline.config import load_config, override_config
 from pipeline.driver import run_config
 from pipeline.errors import BusyError, ConfigError, DataError
@@ -259,3 +264,67 @@ def test_a_failure_to_tell_is_a_note_and_fails_nothing(tmp_path: Path, hook: Hoo
     (event,) = tell_all(hook, make_runner(tmp_path, {"train": "run"}))
     assert (event.kind, event.step) == ("note", "notify")
     assert event.fields["text"] == "notify.on_success: the webhook at 127.0.0.1 answered 400"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (
+            lambda patch: patch.setattr(tempfile, "tempdir", "/proc/no/such/place"),
+            "the command cat cannot be given the document: No such file or directory",
+        ),
+        (
+            lambda patch: patch.setattr(Path, "write_bytes", fill_the_disk),
+            "the command cat cannot be given the document: No space left on device",
+        ),
+        (
+            lambda patch: patch.setattr(module, "read_run", lambda *_: {}["execution"]),
+            "it could not be told (KeyError)",
+        ),
+    ],
+    ids=["no place for files", "a full disk", "a bug"],
+)
+def test_what_ends_a_run_is_not_what_goes_wrong_with_telling_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., None], fault: str
+) -> None:
+    run, events = make_runner(tmp_path, {"train": "run"}, DataError("No. Try again.")), []
+    with monkeypatch.context() as spoilt:
+        spoil(spoilt)
+        with pytest.raises(DataError):
+            run(config_of(on_failure=("cat",)), observer=events.append)
+    assert [event.fields["text"] for event in events] == [f"notify.on_failure: {fault}"]
+
+
+def fill_the_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_webhook_that_answers_a_byte_at_a_time_is_given_up() -> None:
+    """As long as it is listened to, it goes on; or until it must be that nobody gives up."""
+    told, was_heard_out = threading.Event(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            deadline = time.monotonic() + 30
+            while not told.wait(0.02):
+                if time.monotonic() > deadline:
+                    was_heard_out.set()
+                    break
+                self.wfile.write(b"x")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    config = config_of(on_success=f"http://127.0.0.1:{server.server_port}/{SECRET}", timeout_s=0.2)
+    said = notify(config, "success", {}, sleep=lambda seconds: None)
+    told.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    expected = "the webhook at 127.0.0.1 cannot be reached (no answer within 0.2 s), 3 times"
+    assert said == f"notify.on_success: {expected}"
+    assert not was_heard_out.is_set()

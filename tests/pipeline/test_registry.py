@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.cycles import begin_cycle, end_cycle, last_cycle
 from pipeline.errors import BusyError, ConfigError, StorageError
 from pipeline.registry import Registry, line_of_champions, list_models, open_registry
 from pipeline.storage import LocalStorage, open_storage
@@ -143,3 +144,38 @@ def test_of_two_promotions_at_once_one_is_made_and_the_other_told(
     assert answers[loser].startswith(f"Version {winner} of m was promoted meanwhile by ")
     assert f"and version {loser} was not" in answers[loser]
     assert [p["version"] for p in registry.promotions()] == [1, winner]
+
+
+def test_what_the_last_record_says_is_read_from_it_alone(object_store: Any) -> None:
+    store, bucket = object_store
+    registry = Registry(open_storage(f"s3://{bucket}/r"), "m")
+    for k in range(6):
+        registry.add_version({"key": str(k)})
+        registry.promote(k + 1, "better")
+        cycle = begin_cycle(registry, {"key": str(k)})
+        end_cycle(registry, cycle["number"], {"state": "kept"})
+    store.requests.clear()
+    champion, last = registry.champion(), last_cycle(registry)
+    assert champion is not None
+    assert last is not None
+    assert (champion["key"], last["key"], last["outcome"]["state"]) == ("5", "5", "kept")
+    kinds = ("promotions", "versions", "cycles", "outcomes")
+    assert sorted(store.read()) == sorted(f"/{bucket}/r/models/m/{k}/000006.json" for k in kinds)
+
+
+class Together(LocalStorage):
+    """A root that gives nothing until two ask."""
+
+    def read(self, path: str) -> bytes:
+        asked.wait(timeout=60)
+        return super().read(path)
+
+
+asked = threading.Barrier(2)
+
+
+def test_records_are_read_side_by_side(registry: Registry) -> None:
+    for key in "abcd":
+        registry.add_version({"key": key})
+    found = Registry(Together(registry.storage.uri), "m").versions()
+    assert [version["key"] for version in found] == list("abcd")

@@ -6,12 +6,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import object_storage
 from pipeline.errors import StorageError
+from pipeline.leases import hold_lease
 from pipeline.processes import process_tag
-from pipeline.storage import LocalStorage, Storage, check_writable, open_storage
+from pipeline.registry import Registry
+from pipeline.storage import LocalStorage, Storage, check_writable, claim, open_storage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -48,6 +52,57 @@ def test_one_of_many_creators_wins(make_storage: Callable[[], Storage]) -> None:
         thread.join()
     assert len(won) == 1
     assert storage.read("one") == str(won[0]).encode()
+
+
+def first(count: int, method: str, part: str) -> Callable[[str, str], bool]:
+    """Holds of the first requests of a kind."""
+    seen: list[str] = []
+
+    def is_one(its_method: str, path: str) -> bool:
+        if its_method == method and part in path:
+            seen.append(path)
+        return its_method == method and part in path and len(seen) <= count
+
+    return is_one
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_creation_that_meets_another_tries_again(object_store: Any, times: int) -> None:
+    store, bucket = object_store
+    storage = open_storage(f"s3://{bucket}/root")
+    store.conflicts = first(times, "PUT", "/x")
+    assert storage.create("x", b"1")
+    store.conflicts = first(times, "PUT", "/x")
+    assert not storage.create("x", b"2")
+    assert storage.read("x") == b"1"
+
+
+def test_a_conflict_without_end_is_a_sentence(
+    object_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bucket = object_store
+    monkeypatch.setattr(object_storage, "CONFLICT_DELAYS_S", (0.0, 0.0))
+    store.conflicts = lambda method, path: method == "PUT"
+    with pytest.raises(StorageError, match=r"Cannot write .*/x: .*ConditionalRequestConflict"):
+        open_storage(f"s3://{bucket}/root").create("x", b"1")
+
+
+def test_who_wrote_what_is_there_came_first_though_the_answer_was_lost(object_store: Any) -> None:
+    store, bucket = object_store
+    storage = open_storage(f"s3://{bucket}/root")
+    store.loses = first(1, "PUT", "/x")
+    assert claim(storage, "x", b"mine")
+    assert not claim(storage, "x", b"another's")
+    registry = Registry(storage, "m")
+    store.loses = first(1, "PUT", "/versions/")
+    assert registry.add_version({"key": "a"})["number"] == 1
+    store.loses = first(1, "PUT", "/promotions/")
+    assert registry.promote(1, "the first")["number"] == 1
+    store.loses = first(1, "PUT", "/lease-")
+    with hold_lease(storage, "d", wait=False):
+        assert storage.list("d") == ["lease-000001.json"]
+    store.loses = first(1, "PUT", "/probes/")
+    check_writable(storage)
 
 
 def test_lists_and_deletes(make_storage: Callable[[], Storage]) -> None:

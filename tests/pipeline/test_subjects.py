@@ -1,16 +1,20 @@
 """Models made elsewhere: copied by content, refused where they do not suit the data set."""
 
+import contextlib
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pipeline import driver
 from pipeline.config import load_config
-from pipeline.driver import make_plan
-from pipeline.errors import DataError
+from pipeline.driver import make_plan, run_config
+from pipeline.errors import DataError, TrainingError
 from pipeline.exchange import import_checkpoint, load_model_folder
+from pipeline.garbage import collect_garbage
 from pipeline.settings import Config
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
@@ -141,3 +145,23 @@ def test_images_that_were_converted_are_scored_by_a_protocol_of_their_own(
     )
     assert sampling_of(context)["converts"] is converts
     assert ("converts" in planned["evaluate"].step.settings) is converts
+
+
+def test_a_copy_that_a_clean_up_took_before_the_run_began_is_made_again(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny_config, "data.mode=RGB", f"storage.root={tmp_path / 'root'}")
+    storage = LocalStorage(config.storage.root)
+    subject = import_model(checkpoint, config, storage)
+    storage.delete("models-elsewhere")
+
+    def begin(*_: Any, **__: Any) -> None:
+        collect_garbage(storage, grace_s=-10.0)  # which the run's record tells that it is needed
+        assert load_network(storage, config, Source("model", key=subject.key)).counts is None
+        raise TrainingError("Enough. Stop.")
+
+    monkeypatch.setattr(driver, "before_ray", lambda *_, **__: [])
+    monkeypatch.setattr(driver, "_capacity", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "execute", begin)
+    with pytest.raises(TrainingError):
+        run_config(config, ("report",), subject=subject, observer=lambda event: None)

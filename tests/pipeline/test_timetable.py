@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -59,6 +59,46 @@ def test_the_time_zone_counts_also_where_the_clock_is_changed() -> None:
     ]
     first = parse("0 3 * * *", "Europe/Berlin").next_after(before)
     assert first == datetime(2026, 3, 29, 1, tzinfo=UTC).timestamp()  # summer time by then
+
+
+@pytest.mark.parametrize(
+    ("expression", "timezone", "expected"),
+    [
+        # Of the day: once, the first time.
+        ("30 2 * * *", "Europe/Berlin", "Sat 02:30+0200, Sun 02:30+0200, Mon 02:30+0100"),
+        (
+            "0,30 2,3 * * 0",
+            "Europe/Berlin",
+            "Sun 02:00+0200, Sun 02:30+0200, Sun 03:00+0100, Sun 03:30+0100",
+        ),
+        ("30 0 * * *", "America/Havana", "Sat 00:30-0400, Sun 00:30-0400, Mon 00:30-0500"),
+        # Again and again: each time.
+        (
+            "30 * * * 0",
+            "Europe/Berlin",
+            "Sun 00:30+0200, Sun 01:30+0200, Sun 02:30+0200, Sun 02:30+0100, Sun 03:30+0100",
+        ),
+        (
+            "*/30 2 * * 0",
+            "Europe/Berlin",
+            "Sun 02:00+0200, Sun 02:30+0200, Sun 02:00+0100, Sun 02:30+0100",
+        ),
+    ],
+)
+def test_an_hour_that_the_clock_repeats(expression: str, timezone: str, expected: str) -> None:
+    changed = {"Europe/Berlin": datetime(2026, 10, 25), "America/Havana": datetime(2026, 11, 1)}
+    zone = ZoneInfo(timezone)
+    start = (changed[timezone] - timedelta(days=1)).replace(tzinfo=zone).timestamp()
+    timetable, found = parse(expression, timezone), []
+    for _ in expected.split(", "):
+        start = timetable.next_after(start) or 0.0
+        found.append(datetime.fromtimestamp(start, zone).strftime("%a %H:%M%z"))
+    assert ", ".join(found) == expected
+
+
+def test_between_the_two_a_time_of_the_day_is_over() -> None:
+    between = datetime(2026, 10, 25, 0, 45, tzinfo=UTC).timestamp()  # 02:45, the first time
+    assert times("30 2 * * *", 1, "Europe/Berlin", between) == ["Mon 26 Oct 02:30"]
 
 
 @pytest.mark.parametrize(
