@@ -160,7 +160,7 @@ def make_steps(
         evaluate,
         Step(
             name="promote",
-            version=2,
+            version=3,
             function="pipeline.gate:promote",
             settings=_promote_settings(config, evaluation),
             inputs=("preprocess", "features", "reference", "train", "evaluate"),
@@ -202,7 +202,10 @@ def _promote_settings(config: Config, evaluation: int) -> dict[str, Any]:
     The first is pinned by the first version, whose step must be found again.
     """
     pinned = {"evaluation": evaluation} if evaluation > 1 else {}
-    return {"name": config.name} | _section(config, "promote") | pinned
+    rules = _section(config, "promote")
+    if config.promote.unchecked_copies == "keep":  # keys from before there was a choice hold
+        del rules["promote.unchecked_copies"]
+    return {"name": config.name} | rules | pinned
 
 
 def _order(config: Config) -> dict[str, Any]:

@@ -40,9 +40,19 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "train": 3,
         "tune": 2,
         "evaluate": 5,
-        "promote": 2,
+        "promote": 3,
         "report": 1,
     }
+
+
+def test_the_default_for_what_cannot_be_checked_changes_no_key(tiny_config: Path) -> None:
+    def settings(*overrides: str) -> dict[str, Any]:
+        steps = make_steps(load_config(tiny_config, list(overrides)), [])
+        return next(dict(step.settings) for step in steps if step.name == "promote")
+
+    assert "promote.unchecked_copies" not in settings()
+    allowed = settings("promote.unchecked_copies=allow")
+    assert allowed == settings() | {"promote.unchecked_copies": "allow"}
 
 
 def test_how_shards_are_read_changes_no_data_set(tiny_config: Path) -> None:
