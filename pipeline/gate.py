@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.errors import BusyError
 from pipeline.leases import hold_lease
 from pipeline.lineage import describe_version
-from pipeline.pinning import find_score, is_pinned, pin_first, scores_of
-from pipeline.protocol import compare_records, differences
+from pipeline.pinning import find_score, is_pinned, pin_first, score_differences, scores_of
+from pipeline.protocol import compare_records
 from pipeline.registry import ROLLBACK, Registry
 from pipeline.scores import show_number
 from pipeline.scores.copies import MIN_HELD_OUT, NEIGHBOURS
@@ -237,7 +237,7 @@ def _not_comparable(
 ) -> str:
     """Why the champion has no score to compare with: the fields of the nearest one."""
     protocol = version["score"]["protocol"]
-    found = [differences(protocol, s["protocol"]) for s in scores_of(registry, champion)]
+    found = [score_differences(champion, s, protocol) for s in scores_of(registry, champion)]
     nearest = min(found, key=len)
     return (
         f"its score is not comparable with version {champion['number']}'s: the protocols differ in "

@@ -119,9 +119,27 @@ def find_score(
         protocol: that the score must have.
     """
     for score in scores_of(registry, version):
-        if score["protocol"] == protocol:
+        if not score_differences(version, score, protocol):
             return score
     return None
+
+
+def score_differences(
+    version: Mapping[str, Any], score: Mapping[str, Any], protocol: Mapping[str, Any]
+) -> list[str]:
+    """The fields in which a score of a version differs from a protocol.
+
+    Args:
+        version: its record.
+        score: of it.
+        protocol: that is wanted.
+    """
+    from pipeline.protocol import MIX, differences  # torch: only where scores are compared
+
+    found = differences(protocol, score["protocol"])
+    if version["config"]["model"]["class_conditional"] and MIX not in score["protocol"]:
+        found.append(MIX)  # scored before labels were those of the reference
+    return found
 
 
 def scores_of(registry: Registry, version: Mapping[str, Any]) -> list[dict[str, Any]]:

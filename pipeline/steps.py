@@ -123,7 +123,7 @@ def make_steps(
     evaluated = ("preprocess", "features", "reference")
     evaluate = Step(
         name="evaluate",
-        version=5,
+        version=_evaluate_version(config.model.class_conditional),
         function="pipeline.evaluate:evaluate",
         settings=scoring,
         inputs=(*evaluated, "train"),
@@ -132,9 +132,10 @@ def make_steps(
     # What near-copies are looked for among; of the config's training it is part of its key.
     mirrored = {"train.horizontal_flip": train.horizontal_flip}
     match subject:
-        case GivenModel(key=key):
+        case GivenModel(key=key, class_conditional=is_told):
             settings = {**evaluate.settings, **mirrored, "model_key": key}
-            evaluate = replace(evaluate, settings=settings, inputs=evaluated)
+            version = _evaluate_version(is_told)
+            evaluate = replace(evaluate, version=version, settings=settings, inputs=evaluated)
             return [*steps, evaluate, _evaluation_page(evaluate, f"{config.name}: model {key[:8]}")]
         case GivenImages(sources=sources, shards=given, converts=converts):
             images = Step(
@@ -147,7 +148,8 @@ def make_steps(
             )
             converted = {"converts": True} if converts else {}
             settings = {**evaluate.settings, **mirrored, **converted}
-            evaluate = replace(evaluate, settings=settings, inputs=(*evaluated, "images"))
+            version, inputs = _evaluate_version(False), (*evaluated, "images")
+            evaluate = replace(evaluate, version=version, settings=settings, inputs=inputs)
             # Their number is that of the samples, and too few are said at once.
             preprocess, features, *others = steps
             features = replace(features, after=(*features.after, "images"))
@@ -173,6 +175,11 @@ def make_steps(
             inputs=("preprocess", "features", "reference", "train", "evaluate", "promote"),
         ),
     ]
+
+
+def _evaluate_version(is_told: bool) -> int:
+    """6: a network that is told the class is told those of the reference; others are as before."""
+    return 6 if is_told else 5
 
 
 def train_settings(config: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ class GivenModel:
     """A model made elsewhere, copied into the storage root under the hash of its content."""
 
     key: str
+    class_conditional: bool = False
 
 
 @dataclass(frozen=True)

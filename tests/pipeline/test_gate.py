@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.gate import judge, promote
-from pipeline.pinning import add_score
+from pipeline.pinning import add_score, find_score
 from pipeline.registry import Registry
 from pipeline.settings import Config, PromoteConfig
 from pipeline.storage import LocalStorage, open_storage
@@ -261,6 +261,17 @@ def test_without_a_champion_another_reference_is_not_judged_either(ask: Any) -> 
     assert "`raydiffusion promote tiny 2 --reason WHY` asks no gate" in kept["reason"]
     assert registry.promotions() == []
     assert run(made(9.0, "c"))["promoted"]
+
+
+def test_a_champion_told_its_own_mix_of_labels_is_not_compared_with(ask: Any) -> None:
+    _, registry = ask
+    told = {"config": {"model": {"class_conditional": True}}, "number": 1}
+    before, since = PROTOCOL | {}, PROTOCOL | {"label_mix": "m"}
+    assert find_score(registry, told | {"score": {"protocol": before}}, since) is None
+    assert find_score(registry, told | {"score": {"protocol": since}}, since) is not None
+    assert find_score(registry, told | {"score": {"protocol": since}}, before) is not None
+    untold = {"config": {"model": {"class_conditional": False}}, "number": 1}
+    assert find_score(registry, untold | {"score": {"protocol": before}}, since) is not None
 
 
 def test_other_settings_of_the_score_are_named(ask: Any) -> None:

@@ -28,6 +28,12 @@ def test_fields_that_differ_or_are_lacking_are_named() -> None:
     assert differences({"a": 1, "b": 2, "c": 0}, {"c": 0, "a": 2, "d": None}) == ["a", "b", "d"]
 
 
+def test_one_that_is_told_labels_compares_with_one_that_is_not() -> None:
+    assert differences({"a": 1, "label_mix": "m"}, {"a": 1}) == []
+    assert differences({"a": 1}, {"a": 2, "label_mix": "m"}) == ["a"]
+    assert differences({"label_mix": "m"}, {"label_mix": "n"}) == ["label_mix"]
+
+
 def test_different_protocols_are_refused_with_their_fields_and_values() -> None:
     with pytest.raises(EvaluationError) as caught:
         compare_records(("a", "b"), [record(1.0), record(2.0, eta=0.5, num_samples=64)])
