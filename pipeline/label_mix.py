@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.dataset import class_counts, class_names, read_dataset
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.pinning import read_step
 from pipeline.protocol import MIX
 from pipeline.storage import Storage
@@ -82,6 +82,45 @@ def count_for_training(
             " Give the config of that data set."
         )
     return count_by_id(read_mix(storage, reference), names)
+
+
+def compare_classes(
+    storage: Storage,
+    data: Mapping[str, Any],
+    *,
+    reference: Mapping[str, Any],
+    start: Mapping[str, Any] | None,
+    bringing: Mapping[str, Sequence[str]],
+) -> None:
+    """Refuses to train a network whose classes its start or its judge does not have.
+
+    Args:
+        storage: the root.
+        data: the manifest of the data set to train on.
+        reference: that of the reference it is to be scored by.
+        start: that of the training it is to begin with; None: with random weights.
+        bringing: the labels of each new input shard, by the shard's name.
+
+    Raises:
+        ConfigError: they differ, with the shards that bring other classes.
+        DataError: there are no labels.
+        StorageError: a data set is gone or damaged.
+    """
+    names = class_names(read_dataset(storage, data))
+    if start is not None and (known := class_names(_read_data(storage, start))) != names:
+        added = set(names) - set(known)
+        shards = [name for name, labels in bringing.items() if added & set(labels)]
+        brought = f", brought by {_listed(shards)}" if shards else ""
+        raise ConfigError(
+            "The champion knows other classes than there are now "
+            f"({_difference(known, names)}{brought}), and training cannot begin with it. Set "
+            'retrain.start = "scratch", or leave such shards out: data.leave_out.'
+        )
+    if unknown := _unknown(read_mix(storage, reference), names):
+        raise ConfigError(
+            f"The pinned evaluation has samples of {unknown}, of which there are no images now. "
+            "Bring those back, or train with another name."
+        )
 
 
 def _read_data(storage: Storage, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,10 +54,27 @@ def describe(keys: Mapping[str, str], protocol: Mapping[str, Any], reason: str) 
         **{name: keys[name] for name in PINNED},
         "data": keys["preprocess"],
         "facts": {name: protocol.get(name) for name in FACTS},
+        "protocol": dict(protocol),
         "reason": reason,
         "by": user(),
         "time": time.time(),
     }
+
+
+def pinned_protocol(registry: Registry, evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The protocol of the score that an evaluation was pinned with.
+
+    Args:
+        registry: of the model.
+        evaluation: its record.
+    """
+    if "protocol" in evaluation:
+        return evaluation["protocol"]
+    # Pinned before it was kept: that of the first score under the reference and the extractor.
+    scores = [score for version in registry.versions() for score in scores_of(registry, version)]
+    wanted = (evaluation["reference"], evaluation["facts"]["extractor_sha256"])
+    found = [score["protocol"] for score in scores]
+    return next(p for p in found if (p["reference"], p.get("extractor_sha256")) == wanted)
 
 
 def is_pinned(evaluation: Mapping[str, Any], lineage: Mapping[str, str]) -> bool:

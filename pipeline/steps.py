@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.settings import NOT_OF_THE_DATA_SET, Config, DataConfig
 from pipeline.sources import InputShard
-from pipeline.subject_kinds import GivenImages, GivenModel, Subject, data_of_images
+from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject, data_of_images
 from pipeline.workflow import Resources, Step
 
 WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
@@ -132,6 +132,9 @@ def make_steps(
     # What near-copies are looked for among; of the config's training it is part of its key.
     mirrored = {"train.horizontal_flip": train.horizontal_flip}
     match subject:
+        case Rescored(program=program):
+            settings = {**evaluate.settings, "program": dict(program)}
+            return [*steps, replace(evaluate, settings=settings)]
         case GivenModel(key=key, class_conditional=is_told):
             settings = {**evaluate.settings, **mirrored, "model_key": key}
             version = _evaluate_version(is_told)

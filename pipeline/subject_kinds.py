@@ -16,6 +16,17 @@ class GivenModel:
 
 
 @dataclass(frozen=True)
+class Rescored:
+    """The config's training once more, for a protocol that its own score does not have.
+
+    Args:
+        program: the fields of the protocol that no setting determines.
+    """
+
+    program: tuple[tuple[str, str | int], ...]
+
+
+@dataclass(frozen=True)
 class GivenImages:
     """Images in place of samples.
 
@@ -30,7 +41,7 @@ class GivenImages:
     converts: bool = False
 
 
-Subject = GivenModel | GivenImages
+Subject = GivenModel | GivenImages | Rescored
 
 
 def data_of_images(config: Config, sources: Sequence[str]) -> DataConfig:

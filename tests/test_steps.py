@@ -23,7 +23,7 @@ from pipeline.sampling import sample_items
 from pipeline.sources import InputShard, list_inputs
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
-from pipeline.subject_kinds import GivenImages, GivenModel, Subject
+from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject
 from pipeline.train import train_in_process
 from pipeline.units import UNIT_VERSION, unit_key
 from pipeline.workflow import Resources, Step
@@ -56,6 +56,7 @@ def test_only_what_is_told_the_class_is_scored_anew(tiny_config: Path) -> None:
     assert version(told, subject=GivenModel("a")) == 5
     assert version(subject=GivenModel("a", class_conditional=True)) == 6
     assert version(told, subject=GivenImages(("x",), ())) == 5
+    assert version(told, subject=Rescored(())) == 6
 
 
 def test_the_default_for_what_cannot_be_checked_changes_no_key(tiny_config: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from pipeline.errors import DataError
-from pipeline.label_mix import count_by_id, count_for_training, read_mix
+from pipeline.errors import ConfigError, DataError
+from pipeline.label_mix import compare_classes, count_by_id, count_for_training, read_mix
 from pipeline.protocol import differences
 from pipeline.storage import LocalStorage
 from pipeline.subjects import find_source, sampling_of
@@ -79,3 +79,33 @@ def test_a_network_is_not_told_of_a_data_set_with_other_classes(storage: LocalSt
     renamed = write_data(storage, "renamed", {"cat": 30, "cow": 10})
     with pytest.raises(DataError, match=r"other classes \(new: cow; gone: dog\)"):
         count_for_training(storage, made_of("of-training"), renamed, made_of("renamed"))
+
+
+def test_a_class_that_the_champion_does_not_know_is_refused_with_its_shard(
+    storage: LocalStorage,
+) -> None:
+    write_data(storage, "before", {"0": 5, "1": 5})
+    now = write_data(storage, "now", {"0": 5, "1": 5, "2": 1})
+    bringing = {"a.tar": ["0", "1"], "b.tar": ["1", "2"]}
+
+    def check(start: dict[str, Any] | None, data: dict[str, Any], reference: str) -> None:
+        compare_classes(storage, data, reference=made_of(reference), start=start, bringing=bringing)
+
+    with pytest.raises(ConfigError, match=r"\(new: 2, brought by b\.tar\).* = \"scratch\", or"):
+        check(made_of("before"), now, "before")
+    check(None, now, "before")
+    check(made_of("now"), now, "before")
+    fewer = write_data(storage, "fewer", {"0": 5})
+    with pytest.raises(ConfigError, match=r"\(gone: 1\)"):
+        check(made_of("before"), fewer, "before")
+    with pytest.raises(ConfigError, match="has samples of 1, of which there are no images now"):
+        check(None, fewer, "before")
+
+
+def test_as_many_classes_with_another_name_are_no_start(storage: LocalStorage) -> None:
+    write_data(storage, "before", {"ant": 5, "bee": 5})
+    now = write_data(storage, "now", {"ape": 5, "bee": 5})
+    with pytest.raises(ConfigError, match=r"\(new: ape; gone: ant\)"):
+        compare_classes(
+            storage, now, reference=made_of("before"), start=made_of("before"), bringing={}
+        )
