@@ -8,26 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.comparable import check_champion
 from pipeline.config import parse_config
 from pipeline.cycles import hold_cycle, released
-from pipeline.driver import Basis, bring_about
 from pipeline.errors import BusyError, ConfigError
 from pipeline.identities import OnHash
 from pipeline.pinning import (
     PINNED,
-    add_score,
     describe,
     input_hashes,
     is_pinned,
     pin_first,
-    read_step,
+    pinned_protocol,
 )
 from pipeline.registry import Registry, open_registry
+from pipeline.rescore import score_version
 from pipeline.settings import Config, DataConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow import Event, Observer
-
-OF_THE_CHAMPION = ("model", "diffusion", "train")  # sections that belong to its weights
 
 
 @dataclass(frozen=True)
@@ -70,22 +68,16 @@ def accept_reference(
             raise ConfigError(
                 f"The model {config.name} has no champion to be scored again. Promote a version."
             )
-        theirs = parse_config(champion["config"], f"version {champion['number']}")
-        sections: dict[str, Any] = {name: getattr(theirs, name) for name in OF_THE_CHAMPION}
-        sections["tune"] = config.tune.model_copy(update={"enabled": False})
-        sections["data"] = _without_held(registry, config, champion, observer)
-        scoring = config.model_copy(update=sections)
-        train = read_step(storage, "train", champion["lineage"]["train"])
-        basis = Basis({"train": train})
-        manifests = bring_about(
-            scoring, ("evaluate",), basis=basis, observer=observer, on_hash=on_hash
-        )
-        evaluate = manifests["evaluate"]
-        if evaluate["key"] != champion["lineage"]["evaluate"]:
-            add_score(registry, champion["number"], evaluate, reason)
+        while True:
+            manifests = _score(registry, config, champion, observer, reason, on_hash)
+            latest = registry.champion()
+            if latest is None or latest == champion:
+                break
+            champion = latest  # a person promoted another meanwhile: it is scored as well
         keys = {name: manifests[name]["key"] for name in (*PINNED, "preprocess")}
-        score, evaluations = evaluate["metrics"], registry.evaluations()
-        if is_pinned(evaluations[-1], keys):
+        score, evaluations = manifests["evaluate"]["metrics"], registry.evaluations()
+        is_there = is_pinned(evaluations[-1], keys)
+        if is_there and not _other_settings(registry, evaluations[-1], score):
             return Accepted(evaluations[-1], False, champion["number"], score)
         document = describe(keys, score["protocol"], reason)
         entry = registry.add_record("evaluations", evaluations, document)
@@ -95,6 +87,44 @@ def accept_reference(
                 "this again if it is still right."
             )
         return Accepted(entry, True, champion["number"], score)
+
+
+def _other_settings(
+    registry: Registry, evaluation: Mapping[str, Any], score: Mapping[str, Any]
+) -> list[str]:
+    """The settings in which a score is not that which an evaluation was pinned with."""
+    from pipeline.protocol import differing_settings  # torch: not where nothing is accepted
+
+    return differing_settings(score["protocol"], pinned_protocol(registry, evaluation))
+
+
+def _score(
+    registry: Registry,
+    config: Config,
+    champion: Mapping[str, Any],
+    observer: Observer,
+    reason: str,
+    on_hash: OnHash | None,
+) -> dict[str, dict[str, Any]]:
+    """Scores a champion by the present data set; the manifests of the steps."""
+    check_champion(
+        registry,
+        champion,
+        config.data.test_fraction,
+        of="the present data set",
+        remedy="Lower data.test_fraction to that, or `raydiffusion run CONFIG`, promote the "
+        "version it makes, and do this again.",
+    )
+    data = _without_held(registry, config, champion, observer)
+    return score_version(
+        registry,
+        config.model_copy(update={"data": data}),
+        champion,
+        given={},
+        observer=observer,
+        reason=reason,
+        on_hash=on_hash,
+    )
 
 
 def _without_held(

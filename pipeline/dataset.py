@@ -163,8 +163,13 @@ def class_counts(document: Mapping[str, Any], split: str) -> dict[int, int]:
     Raises:
         DataError: there are no labels.
     """
-    labels = document["labels"]
-    names = document["classes"]
+    counts = document["labels"][split]
+    return {id_: counts.get(name, 0) for id_, name in enumerate(class_names(document))}
+
+
+def class_names(document: Mapping[str, Any]) -> list[str]:
+    """The label of each id, from 0 to that of the last class; see `class_counts`."""
+    labels, names = document["labels"], document["classes"]
     if names is None:
         numbers = {int(label) for split in SPLITS for label in labels[split]}
         names = [str(k) for k in range(max(numbers, default=-1) + 1)]
@@ -174,7 +179,7 @@ def class_counts(document: Mapping[str, Any], split: str) -> dict[int, int]:
             "Put .cls files beside the images or use class folders, or set "
             "model.class_conditional = false."
         )
-    return {id_: labels[split].get(name, 0) for id_, name in enumerate(names)}
+    return names
 
 
 def make_document(

@@ -293,6 +293,7 @@ def bring_about(
     *,
     basis: Basis,
     observer: Observer,
+    subject: Subject | None = None,
     on_hash: OnHash | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Brings targets about within a cycle that this process holds, without a run of their own.
@@ -302,6 +303,7 @@ def bring_about(
         targets: the steps wanted.
         basis: what the registry gives.
         observer: told what happens.
+        subject: what is evaluated in place of the config's training.
         on_hash: told the number of files and bytes that are read before there is a plan.
 
     Returns:
@@ -310,9 +312,9 @@ def bring_about(
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
     """
-    planned = make_plan(config, targets, basis=basis, on_hash=on_hash)
+    planned = make_plan(config, targets, subject=subject, basis=basis, on_hash=on_hash)
     if record_needs(planned.storage, config.name, planned.steps):
-        planned = make_plan(config, targets, basis=basis)
+        planned = make_plan(config, targets, subject=subject, basis=basis)
     if not planned.is_cached:
         checks = before_ray(config, planned.storage, trains=planned.trains, draws=planned.draws)
         _tell(require(checks), observer)

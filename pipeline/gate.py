@@ -13,12 +13,19 @@ from typing import Any
 from pipeline.errors import BusyError
 from pipeline.leases import hold_lease
 from pipeline.lineage import describe_version
-from pipeline.pinning import find_score, is_pinned, pin_first, scores_of
-from pipeline.protocol import compare_records, differences
+from pipeline.pinning import find_score, is_pinned, pin_first, score_differences, scores_of
+from pipeline.protocol import compare_records
 from pipeline.registry import ROLLBACK, Registry
 from pipeline.scores import show_number
+from pipeline.scores.copies import MIN_HELD_OUT, NEIGHBOURS
+from pipeline.scores.interval import min_samples
 from pipeline.settings.retrain import PromoteConfig
 from pipeline.workflow import StepContext
+
+UNCHECKED = (
+    f"whether it memorises could not be checked, which takes {MIN_HELD_OUT} held-out images and "
+    f"{NEIGHBOURS} training images"
+)
 
 
 @dataclass(frozen=True)
@@ -96,16 +103,21 @@ def decide(
                 f"it was rolled back by {promotion['by']} ({promotion['reason']}), and only a "
                 f"person promotes it again: {_command(name, number)}",
             )
-    if not promotions:
-        return judge(version["score"], None, settings, command=_command(name, number))
-    champion = registry.version(promotions[-1]["version"])
     if not is_pinned(evaluation, version["lineage"]):
+        other = (
+            "`raydiffusion accept-reference CONFIG` pins another"
+            if promotions  # it scores a champion
+            else f"{_command(name, number)} asks no gate"
+        )
         return Verdict(
             False,
             "its score is not comparable: it is under another reference or extractor than "
             f"evaluation {evaluation['number']}, which {name} pins. `raydiffusion retrain CONFIG` "
-            "scores under the pinned one, `raydiffusion accept-reference CONFIG` pins another",
+            f"scores under the pinned one, {other}",
         )
+    if not promotions:
+        return judge(version["score"], None, settings, command=_command(name, number))
+    champion = registry.version(promotions[-1]["version"])
     theirs = find_score(registry, champion, version["score"]["protocol"])
     if theirs is None:
         return Verdict(False, _not_comparable(registry, version, champion))
@@ -133,12 +145,18 @@ def judge(
     if fault := fault_of(score, settings):
         return Verdict(False, fault)
     if champion is None:
-        reason, is_better = "there is no champion before it", True
+        reason, is_better, remedy = "there is no champion before it", True, None
     else:
-        reason, is_better = _compare(score, champion, settings, names)
+        reason, is_better, remedy = _compare(score, champion, settings, names)
+    is_unchecked = not score.get("copies") and not settings.allow_memorising
+    if is_unchecked:
+        reason = f"{reason}; {UNCHECKED}"
     if settings.rule == "ask":
         return Verdict(False, f'promote.rule = "ask", and {reason}. {command}', asks=True)
-    return Verdict(is_better, reason)
+    if is_better and is_unchecked and champion and settings.unchecked_copies == "keep":
+        is_better = False
+        remedy = 'Raise data.test_fraction, or set promote.unchecked_copies = "allow"'
+    return Verdict(is_better, reason if remedy is None else f"{reason}. {remedy}")
 
 
 def fault_of(score: Mapping[str, Any], settings: PromoteConfig) -> str | None:
@@ -170,7 +188,8 @@ def _compare(
     champion: Mapping[str, Any],
     settings: PromoteConfig,
     names: tuple[str, str],
-) -> tuple[str, bool]:
+) -> tuple[str, bool, str | None]:
+    """The comparison in words, whether it is for the challenger, and what would decide it."""
     comparison = compare_records(names, (champion, score))
     ours, theirs = score["value"], champion["value"]
     numbers = (
@@ -180,19 +199,37 @@ def _compare(
         limit = theirs * (1 + settings.tolerance)
         relation = "at most" if ours <= limit else "above"
         share = f"{settings.tolerance:.1%}"
-        return f"{numbers}, {relation} {show_number(limit)}, which is {share} worse", ours <= limit
+        reason = f"{numbers}, {relation} {show_number(limit)}, which is {share} worse"
+        return reason, ours <= limit, None
     if comparison.is_beyond_chance is None:
-        word = "lower" if ours < theirs else "not lower"
-        return f"{numbers}: {word}, with too few samples for intervals", ours < theirs
+        if ours >= theirs:
+            return f"{numbers}: not lower", False, None
+        too_few, remedy = _too_few(score["protocol"])
+        return f"{numbers}: lower, which may be chance, for {too_few}", False, remedy
     intervals = " and ".join(
         f"[{show_number(record['unbiased']['low'])}, {show_number(record['unbiased']['high'])}]"
         for record in (score, champion)
     )
     if ours >= theirs:
-        return f"{numbers}: not lower; without bias {intervals}", False
+        return f"{numbers}: not lower; without bias {intervals}", False, None
     if comparison.is_beyond_chance:
-        return f"{numbers}, and without bias {intervals} lie apart", True
-    return f"{numbers}, but without bias {intervals} overlap", False
+        return f"{numbers}, and without bias {intervals} lie apart", True, None
+    return f"{numbers}, but without bias {intervals} overlap", False, None
+
+
+def _too_few(protocol: Mapping[str, Any]) -> tuple[str, str]:
+    """Why a score under a protocol has no interval, and what would give one."""
+    needed = min_samples(protocol["feature_width"])
+    counts = {"evaluate.num_samples": protocol["num_samples"]}
+    if protocol["interval_reference"] != "fixed":
+        counts["the number of test images"] = protocol["reference_count"]
+    short = {name: count for name, count in counts.items() if count < needed}
+    there = " and ".join(f"{name} is {count:,}" for name, count in short.items())
+    return (
+        f"an interval takes {needed:,} and {there}",
+        f"Raise {' and '.join(short)} and run `raydiffusion accept-reference CONFIG`, or set "
+        "promote.rule to another",
+    )
 
 
 def _not_comparable(
@@ -200,7 +237,7 @@ def _not_comparable(
 ) -> str:
     """Why the champion has no score to compare with: the fields of the nearest one."""
     protocol = version["score"]["protocol"]
-    found = [differences(protocol, s["protocol"]) for s in scores_of(registry, champion)]
+    found = [score_differences(champion, s, protocol) for s in scores_of(registry, champion)]
     nearest = min(found, key=len)
     return (
         f"its score is not comparable with version {champion['number']}'s: the protocols differ in "

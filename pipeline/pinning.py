@@ -54,10 +54,27 @@ def describe(keys: Mapping[str, str], protocol: Mapping[str, Any], reason: str) 
         **{name: keys[name] for name in PINNED},
         "data": keys["preprocess"],
         "facts": {name: protocol.get(name) for name in FACTS},
+        "protocol": dict(protocol),
         "reason": reason,
         "by": user(),
         "time": time.time(),
     }
+
+
+def pinned_protocol(registry: Registry, evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The protocol of the score that an evaluation was pinned with.
+
+    Args:
+        registry: of the model.
+        evaluation: its record.
+    """
+    if "protocol" in evaluation:
+        return evaluation["protocol"]
+    # Pinned before it was kept: that of the first score under the reference and the extractor.
+    scores = [score for version in registry.versions() for score in scores_of(registry, version)]
+    wanted = (evaluation["reference"], evaluation["facts"]["extractor_sha256"])
+    found = [score["protocol"] for score in scores]
+    return next(p for p in found if (p["reference"], p.get("extractor_sha256")) == wanted)
 
 
 def is_pinned(evaluation: Mapping[str, Any], lineage: Mapping[str, str]) -> bool:
@@ -119,9 +136,27 @@ def find_score(
         protocol: that the score must have.
     """
     for score in scores_of(registry, version):
-        if score["protocol"] == protocol:
+        if not score_differences(version, score, protocol):
             return score
     return None
+
+
+def score_differences(
+    version: Mapping[str, Any], score: Mapping[str, Any], protocol: Mapping[str, Any]
+) -> list[str]:
+    """The fields in which a score of a version differs from a protocol.
+
+    Args:
+        version: its record.
+        score: of it.
+        protocol: that is wanted.
+    """
+    from pipeline.protocol import MIX, differences  # torch: only where scores are compared
+
+    found = differences(protocol, score["protocol"])
+    if version["config"]["model"]["class_conditional"] and MIX not in score["protocol"]:
+        found.append(MIX)  # scored before labels were those of the reference
+    return found
 
 
 def scores_of(registry: Registry, version: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ RECORD = "score.json"
 FIELDS = {"metric", "value", "floor", "ceiling", "unbiased", "kid", "inception_score",
           "precision_recall", "degenerate", "copies", "sweeps", "protocol"}  # fmt: skip
 SCORING = 1  # raised by hand when a score of the same features comes out otherwise
+MIX = "label_mix"  # of networks that are told the class; others have a mix of their own making
+OF_THE_PROGRAM = ("implementation", "scoring", MIX)  # fields that no setting determines
 OF_IMAGES = {"sampler": "none: the images were given"}
 
 
@@ -95,10 +97,20 @@ def _of_images(config: Config) -> dict[str, Any]:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The fields in which two protocols differ; a field that one lacks is one of them."""
+    """The fields in which two protocols differ; a field that one lacks is one of them.
+
+    But for the mix of labels: a network that is told them may stand beside one that is not.
+    """
     names = [*ours, *(name for name in theirs if name not in ours)]
+    if (MIX in ours) != (MIX in theirs):
+        names.remove(MIX)
     absent = object()
     return [name for name in names if ours.get(name, absent) != theirs.get(name, absent)]
+
+
+def differing_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which two protocols differ, but for those that the program determines."""
+    return [name for name in differences(ours, theirs) if name not in OF_THE_PROGRAM]
 
 
 @dataclass(frozen=True)

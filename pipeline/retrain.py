@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.cluster import connect
+from pipeline.comparable import check_classes, check_comparable, start_from
 from pipeline.cycles import (
     begin_cycle,
     describe_drift,
@@ -28,9 +29,10 @@ from pipeline.driver import Basis, Outcome, Plan, bring_about, make_plan, run_co
 from pipeline.errors import ConfigError
 from pipeline.identities import OnHash
 from pipeline.notify import failure_is_told, tell_refusal
-from pipeline.pinning import find_score, input_hashes, pin_first, pinned_manifests, scores_of
+from pipeline.pinning import input_hashes, pin_first, pinned_manifests
 from pipeline.preflight import before_ray, require
 from pipeline.registry import Registry
+from pipeline.rescore import score_champion
 from pipeline.settings import Config
 from pipeline.sources import InputShard, list_inputs
 from pipeline.steps import Start, make_steps
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
 State = Literal["nothing_new", "promoted", "kept", "asks", "held"]
 KEYED_BY = ("preprocess", "train", "evaluate", "promote")  # steps whose settings tell cycles apart
-OF_THE_NETWORK = ("objective", "self_condition", "learned_variance")  # of the section diffusion
 SHOWN = 3  # names of shards in a sentence
 
 
@@ -143,9 +144,9 @@ def _find_cycle(
         return _nothing_new(registry, None)
     evaluation = pin_first(registry) if registry.records("versions", last=1) else None
     start = None
-    if champion is not None and evaluation is not None:
-        _check_comparable(registry, config, champion, evaluation)
-        start = _start_from(config, champion)
+    if evaluation is not None:
+        check_comparable(registry, config, champion, evaluation)
+        start = None if champion is None else start_from(config, champion)
     return begin_cycle(
         registry,
         {
@@ -220,13 +221,13 @@ def _go_through(
             return Cycle("held", f"{sentence}.", **facts)
         left_out = (*config.data.leave_out, *(record["sha256"] for record in held))
         data = config.data.model_copy(update={"leave_out": left_out})
-        outcome = run_config(
-            config.model_copy(update={"data": data}),
-            observer=observer,
-            on_plan=on_plan,
-            basis=basis,
-            target=target,
-        )
+        config = config.model_copy(update={"data": data})
+        if basis is not None:
+            check_classes(registry.storage, config, cycle["new"], basis, observer=observer)
+            score_champion(registry, config, basis, observer=observer)
+        outcome = run_config(config, observer=observer, on_plan=on_plan, basis=basis, target=target)
+        if basis is not None:  # another may have been promoted meanwhile
+            score_champion(registry, config, basis, observer=observer)
     with failure_is_told(config, observer):
         version = outcome.manifests["promote"]["metrics"]["version"]
         # The step may have been done before, and another promoted or this one rolled back since.
@@ -323,55 +324,6 @@ def _unused_features(config: Config, shards: Sequence[InputShard], basis: Basis)
     (step,) = (step for step in make_steps(config, shards) if step.name == "features")
     theirs = basis.pinned["features"]["identity"]["settings"]
     return [name for name, value in step.settings.items() if theirs.get(name, value) != value]
-
-
-def _start_from(config: Config, champion: Mapping[str, Any]) -> Start | None:
-    """The champion's training, where the cycle is to begin with it and can."""
-    if config.retrain.start == "scratch":
-        return None
-    wanted, theirs = config.model_dump(mode="json"), champion["config"]
-    differing = [
-        f"{section}.{name}"
-        for section, names in (("model", wanted["model"]), ("diffusion", OF_THE_NETWORK))
-        for name in names
-        if wanted[section][name] != theirs[section].get(name, wanted[section][name])
-    ]
-    if differing:
-        raise ConfigError(
-            f'retrain.start = "champion" goes on with the network of version '
-            f"{champion['number']}, and the config has another {', '.join(differing)}. Set "
-            'retrain.start = "scratch", or set it back.'
-        )
-    return Start(champion["lineage"]["train"], champion["weights"])
-
-
-def _check_comparable(
-    registry: Registry,
-    config: Config,
-    champion: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-) -> None:
-    """Refuses a cycle at whose end nothing could be compared."""
-    from pipeline.evaluate import REFERENCE_SPLIT  # torch: not where nothing is new
-    from pipeline.protocol import differences, make_protocol
-
-    pinned = pinned_manifests(registry.storage, evaluation)
-    protocol = make_protocol(
-        config,
-        pinned["features"],
-        pinned["reference"],
-        split=REFERENCE_SPLIT,
-        num_samples=config.evaluate.num_samples,
-    )
-    if find_score(registry, champion, protocol) is not None:
-        return
-    found = [differences(protocol, s["protocol"]) for s in scores_of(registry, champion)]
-    raise ConfigError(
-        f"Version {champion['number']}, the champion of {registry.name}, has no score like those "
-        f"this config would give (they differ in {', '.join(min(found, key=len))}), and the new "
-        "model could not be judged. Set these back, or run `raydiffusion accept-reference CONFIG`, "
-        "which scores the champion again."
-    )
 
 
 def _said(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.settings import NOT_OF_THE_DATA_SET, Config, DataConfig
 from pipeline.sources import InputShard
-from pipeline.subject_kinds import GivenImages, GivenModel, Subject, data_of_images
+from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject, data_of_images
 from pipeline.workflow import Resources, Step
 
 WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
@@ -123,7 +123,7 @@ def make_steps(
     evaluated = ("preprocess", "features", "reference")
     evaluate = Step(
         name="evaluate",
-        version=5,
+        version=_evaluate_version(config.model.class_conditional),
         function="pipeline.evaluate:evaluate",
         settings=scoring,
         inputs=(*evaluated, "train"),
@@ -132,9 +132,13 @@ def make_steps(
     # What near-copies are looked for among; of the config's training it is part of its key.
     mirrored = {"train.horizontal_flip": train.horizontal_flip}
     match subject:
-        case GivenModel(key=key):
+        case Rescored(program=program):
+            settings = {**evaluate.settings, "program": dict(program)}
+            return [*steps, replace(evaluate, settings=settings)]
+        case GivenModel(key=key, class_conditional=is_told):
             settings = {**evaluate.settings, **mirrored, "model_key": key}
-            evaluate = replace(evaluate, settings=settings, inputs=evaluated)
+            version = _evaluate_version(is_told)
+            evaluate = replace(evaluate, version=version, settings=settings, inputs=evaluated)
             return [*steps, evaluate, _evaluation_page(evaluate, f"{config.name}: model {key[:8]}")]
         case GivenImages(sources=sources, shards=given, converts=converts):
             images = Step(
@@ -147,7 +151,8 @@ def make_steps(
             )
             converted = {"converts": True} if converts else {}
             settings = {**evaluate.settings, **mirrored, **converted}
-            evaluate = replace(evaluate, settings=settings, inputs=(*evaluated, "images"))
+            version, inputs = _evaluate_version(False), (*evaluated, "images")
+            evaluate = replace(evaluate, version=version, settings=settings, inputs=inputs)
             # Their number is that of the samples, and too few are said at once.
             preprocess, features, *others = steps
             features = replace(features, after=(*features.after, "images"))
@@ -160,7 +165,7 @@ def make_steps(
         evaluate,
         Step(
             name="promote",
-            version=2,
+            version=3,
             function="pipeline.gate:promote",
             settings=_promote_settings(config, evaluation),
             inputs=("preprocess", "features", "reference", "train", "evaluate"),
@@ -173,6 +178,11 @@ def make_steps(
             inputs=("preprocess", "features", "reference", "train", "evaluate", "promote"),
         ),
     ]
+
+
+def _evaluate_version(is_told: bool) -> int:
+    """6: a network that is told the class is told those of the reference; others are as before."""
+    return 6 if is_told else 5
 
 
 def train_settings(config: Config) -> dict[str, Any]:
@@ -202,7 +212,10 @@ def _promote_settings(config: Config, evaluation: int) -> dict[str, Any]:
     The first is pinned by the first version, whose step must be found again.
     """
     pinned = {"evaluation": evaluation} if evaluation > 1 else {}
-    return {"name": config.name} | _section(config, "promote") | pinned
+    rules = _section(config, "promote")
+    if config.promote.unchecked_copies == "keep":  # keys from before there was a choice hold
+        del rules["promote.unchecked_copies"]
+    return {"name": config.name} | rules | pinned
 
 
 def _order(config: Config) -> dict[str, Any]:

@@ -18,10 +18,23 @@ class GivenModel:
     Args:
         key: the hash.
         path: what it was copied from.
+        class_conditional: whether it is told the class.
     """
 
     key: str
     path: Path | None = field(default=None, compare=False)
+    class_conditional: bool = False
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """The config's training once more, for a protocol that its own score does not have.
+
+    Args:
+        program: the fields of the protocol that no setting determines.
+    """
+
+    program: tuple[tuple[str, str | int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class GivenImages:
     converts: bool = False
 
 
-Subject = GivenModel | GivenImages
+Subject = GivenModel | GivenImages | Rescored
 
 
 def find_subject(

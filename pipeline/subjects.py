@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from diffusion_core import Diffusion, UNet
 from pipeline.dataset import class_counts, read_dataset
 from pipeline.errors import DataError
 from pipeline.exchange import import_checkpoint
+from pipeline.label_mix import count_for_training, mix_protocol, read_mix
 from pipeline.model_folder import (
     MODEL_FILE,
     ModelDocument,
@@ -84,7 +85,7 @@ def find_source(context: StepContext) -> Source:
     """What the step `evaluate` draws its samples from.
 
     Raises:
-        DataError: a model made elsewhere knows other classes than the data set has.
+        DataError: the network knows other classes than the data set has.
     """
     storage, data = context.storage, context.inputs["preprocess"]
     if "images" in context.inputs:
@@ -96,10 +97,8 @@ def find_source(context: StepContext) -> Source:
         return Source("model", key=key, counts=counts, num_timesteps=num_timesteps)
     counts = None
     if context.config.model.class_conditional:
-        known = context.inputs["train"]["metrics"].get("num_classes")
-        counts = _count_labels(storage, data, known)
-        if known is None:  # trained before it was kept
-            counts = _by_name(class_counts(read_dataset(storage, data), "train"))
+        train, reference = context.inputs["train"], context.inputs["reference"]
+        counts = count_for_training(storage, train, data, reference)
     return Source(
         "training",
         manifest=context.inputs["train"],
@@ -113,10 +112,15 @@ def sampling_of(context: StepContext) -> dict[str, Any]:
     if "images" in context.inputs:
         converts = context.planned.step.settings.get("converts", False)
         return OF_IMAGES | {"converts": converts}
+    weights, is_told = "ema", context.config.model.class_conditional
     if (key := context.planned.step.settings.get("model_key")) is not None:
-        weights = _read_document(context.storage, key).weights
-        return sampling_protocol(context.config, weights="ema" if "ema" in weights else "model")
-    return sampling_protocol(context.config)
+        document = _read_document(context.storage, key)
+        weights = "ema" if "ema" in document.weights else "model"
+        is_told = document.unet.num_classes is not None
+    mix = {}
+    if is_told:
+        mix = mix_protocol(read_mix(context.storage, context.inputs["reference"]))
+    return sampling_protocol(context.config, weights=weights) | mix
 
 
 def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:
@@ -142,10 +146,10 @@ def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:
                     f"{error} What it takes options to read, `raydiffusion import {path} --output "
                     "FOLDER` reads; then give the folder."
                 ) from error
-            return GivenModel(
-                _copy_folder(Path(directory, "model"), path.name, config, storage), path
-            )
-    return GivenModel(_copy_folder(path, path.name, config, storage), path)
+            copied = _copy_folder(Path(directory, "model"), path.name, config, storage)
+    else:
+        copied = _copy_folder(path, path.name, config, storage)
+    return replace(copied, path=path)
 
 
 def copy_again(model: GivenModel, config: Config, storage: Storage) -> None:
@@ -165,7 +169,7 @@ def copy_again(model: GivenModel, config: Config, storage: Storage) -> None:
         import_model(model.path, config, storage)
 
 
-def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> str:
+def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> GivenModel:
     document, weights = read_document(folder), read_weights(folder, read_document(folder))
     unet, data = document.unet, config.data
     factor = 2 ** (len(unet.dim_mults) - 1)
@@ -197,7 +201,7 @@ def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> s
     directory = _directory(key)
     storage.create(f"{directory}/{WEIGHTS}", weights)
     storage.create(f"{directory}/{MODEL_FILE}", content)
-    return key
+    return GivenModel(key, class_conditional=unet.num_classes is not None)
 
 
 def _count_labels(
@@ -207,17 +211,12 @@ def _count_labels(
     if num_classes is None:
         return None
     counts = class_counts(read_dataset(storage, data), "train")
-    if len(counts) != num_classes:
+    if len(counts) != num_classes:  # of a model made elsewhere, whose classes have no names
         raise DataError(
             f"The network knows {num_classes} classes, and the data set has {len(counts)}. Give "
             "the config of the data set that it was trained on."
         )
-    return _by_name(counts)
-
-
-def _by_name(counts: Mapping[int, int]) -> dict[str, int]:
-    """With the keys that JSON has."""
-    return {str(label): count for label, count in counts.items()}
+    return {str(label): count for label, count in counts.items()}  # the keys that JSON has
 
 
 def load_network(storage: Storage, config: Config, source: Source) -> Network:

@@ -23,6 +23,7 @@ from pipeline.sampling import sample_items
 from pipeline.sources import InputShard, list_inputs
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
+from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject
 from pipeline.train import train_in_process
 from pipeline.units import UNIT_VERSION, unit_key
 from pipeline.workflow import Resources, Step
@@ -40,9 +41,32 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "train": 3,
         "tune": 2,
         "evaluate": 5,
-        "promote": 2,
+        "promote": 3,
         "report": 1,
     }
+
+
+def test_only_what_is_told_the_class_is_scored_anew(tiny_config: Path) -> None:
+    def version(*overrides: str, subject: Subject | None = None) -> int:
+        steps = make_steps(load_config(tiny_config, list(overrides)), [], subject=subject)
+        return next(step.version for step in steps if step.name == "evaluate")
+
+    told = "model.class_conditional=true"
+    assert (version(), version(told)) == (5, 6)
+    assert version(told, subject=GivenModel("a")) == 5
+    assert version(subject=GivenModel("a", class_conditional=True)) == 6
+    assert version(told, subject=GivenImages(("x",), ())) == 5
+    assert version(told, subject=Rescored(())) == 6
+
+
+def test_the_default_for_what_cannot_be_checked_changes_no_key(tiny_config: Path) -> None:
+    def settings(*overrides: str) -> dict[str, Any]:
+        steps = make_steps(load_config(tiny_config, list(overrides)), [])
+        return next(dict(step.settings) for step in steps if step.name == "promote")
+
+    assert "promote.unchecked_copies" not in settings()
+    allowed = settings("promote.unchecked_copies=allow")
+    assert allowed == settings() | {"promote.unchecked_copies": "allow"}
 
 
 def test_how_shards_are_read_changes_no_data_set(tiny_config: Path) -> None:

@@ -24,6 +24,11 @@ class PromoteConfig(Section):
     allow_memorising: bool = Field(
         default=False, description="promote what makes near-copies of training images"
     )
+    unchecked_copies: Literal["keep", "allow"] = Field(
+        default="keep",
+        description="too few images to look for near-copies: keep the version unless it is the "
+        "first champion, or let its score decide",
+    )
 
 
 class RetrainConfig(Section):

@@ -1,12 +1,13 @@
 """`accept-reference`: the champion's score first, the pin last; the work is in the story."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import accept as module
+from pipeline import rescore
 from pipeline.accept import Accepted, accept_reference, config_of_champion
 from pipeline.config import load_config
 from pipeline.driver import Basis
@@ -35,16 +36,24 @@ class Model:
         self.notes: list[str] = []
         self.keys = {**KEYS, "preprocess": "preprocess-2", "reference": "reference-2"}
         self.keys["evaluate"] = "evaluate-2"
-        monkeypatch.setattr(module, "bring_about", self._bring_about)
+        self.settings: dict[str, Any] = {}  # of the score
+        self.while_scoring: Callable[[], Any] = lambda: None
+        monkeypatch.setattr(rescore, "bring_about", self._bring_about)
         manifest = b'{"key": "train-1"}'
         self.registry.storage.create("steps/train/train-1/manifest.json", manifest)
-        champion = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
+        self.champion = config.model_copy(
+            update={"train": config.train.model_copy(update={"seed": 7})}
+        )
+        self.add_version("a")
+
+    def add_version(self, key: str, **more: Any) -> None:
         self.registry.add_version(
             {
-                "key": "a",
+                "key": key,
                 "lineage": KEYS,
                 "score": score("reference-1"),
-                "config": champion.model_dump(mode="json"),
+                "config": self.champion.model_dump(mode="json"),
+                **more,
             }
         )
 
@@ -61,6 +70,8 @@ class Model:
         self.planned.append((config, basis))
         made: dict[str, dict[str, Any]] = {name: {"key": k} for name, k in self.keys.items()}
         made["evaluate"]["metrics"] = score(self.keys["reference"])
+        made["evaluate"]["metrics"]["protocol"] |= self.settings
+        self.while_scoring()
         return made
 
 
@@ -100,6 +111,45 @@ def test_the_reference_that_is_pinned_needs_no_other_score(model: Model) -> None
     assert not model.accept().is_new
     assert model.registry.records("scores") == []
     assert len(model.registry.evaluations()) == 1
+
+
+def test_other_settings_of_the_score_are_another_evaluation(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    model.keys = {**KEYS, "evaluate": "evaluate-2"}
+    model.settings = {"implementation": "another"}  # which no one has chosen
+    assert not model.accept().is_new
+    model.keys["evaluate"] = "evaluate-3"
+    model.settings = {"num_steps": 20}
+    assert model.accept().evaluation["number"] == 2
+    assert model.registry.evaluations()[1]["protocol"]["num_steps"] == 20
+    assert not model.accept().is_new
+
+
+def test_who_is_promoted_meanwhile_is_scored_before_the_pin(model: Model) -> None:
+    model.add_version("b")
+    model.registry.promote(1, "the first")
+    model.while_scoring = lambda: model.registry.promote(2, "a person's")
+    accepted = model.accept()
+    assert (accepted.version, accepted.is_new) == (2, True)
+    assert [record["version"] for record in model.registry.records("scores")] == [1, 2]
+
+
+def test_a_champion_is_not_scored_on_images_that_it_was_trained_on(model: Model) -> None:
+    model.registry.promote(1, "the first")
+    data = model.config.data.model_copy(update={"test_fraction": 0.4})
+    model.config = model.config.model_copy(update={"data": data})
+    with pytest.raises(ConfigError, match=r"version 1 held out 0\.3333 in all\. Lower"):
+        model.accept()
+    # Trained with more held out, but from the first one's weights.
+    model.champion = model.champion.model_copy(update={"data": data})
+    model.add_version("b", parent=1)
+    model.registry.promote(2, "by hand")
+    with pytest.raises(ConfigError, match=r"Version 2, the champion .* version 1 held out 0"):
+        model.accept()
+    assert model.planned == []
+    model.add_version("c", parent=None)
+    model.registry.promote(3, "by hand")
+    assert model.accept().is_new
 
 
 def test_killed_before_the_pin_the_old_one_holds(

@@ -12,13 +12,18 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.gate import judge, promote
-from pipeline.pinning import add_score
+from pipeline.pinning import add_score, find_score
 from pipeline.registry import Registry
 from pipeline.settings import Config, PromoteConfig
 from pipeline.storage import LocalStorage, open_storage
 from pipeline.workflow import PlannedStep, Step, StepContext
 
 BETTER = PromoteConfig()
+PROTOCOL = {
+    "seed": 0, "feature_width": 4, "num_samples": 30, "reference_count": 20,
+    "interval_reference": "fixed",
+}  # fmt: skip
+FINE = {"is_memorising": False, "share": 0.005, "held_out_share": 0.005}
 
 
 def score(value: float, reach: float | None = None, **fields: Any) -> dict[str, Any]:
@@ -29,7 +34,8 @@ def score(value: float, reach: float | None = None, **fields: Any) -> dict[str, 
         "metric": "fid[x]",
         "value": value,
         "unbiased": unbiased,
-        "protocol": {"seed": 0, **protocol},
+        "copies": FINE,
+        "protocol": PROTOCOL | protocol,
         **fields,
     }
 
@@ -40,9 +46,9 @@ def score(value: float, reach: float | None = None, **fields: Any) -> dict[str, 
         ((9, 0.4), (10, 0.4), True, "fid[x] is 9.00 against 10.00 of the champion, and without"),
         ((9, 0.6), (10, 0.6), False, "without bias [8.40, 9.60] and [9.40, 10.60] overlap"),
         ((11, 0.1), (10, 0.1), False, "not lower"),
-        ((9, None), (10, None), True, "lower, with too few samples for intervals"),
-        ((10, None), (10, None), False, "not lower, with too few samples for intervals"),
-        ((9, None), (10, 0.1), True, "lower, with too few samples for intervals"),
+        ((9.999, None), (10, None), False, "an interval takes 40 and evaluate.num_samples is 30"),
+        ((10, None), (10, None), False, "not lower"),
+        ((9, None), (10, 0.1), False, "lower, which may be chance"),
     ],
 )
 def test_better_is_beyond_the_intervals(
@@ -54,6 +60,15 @@ def test_better_is_beyond_the_intervals(
     verdict = judge(score(*ours), score(*theirs), BETTER)
     assert verdict.is_promoted == is_promoted
     assert says in verdict.reason
+
+
+def test_what_would_give_an_interval_is_said() -> None:
+    verdict = judge(score(9.0), score(10.0), BETTER)
+    assert "Raise evaluate.num_samples and run `raydiffusion accept-reference" in verdict.reason
+    few_images = {"interval_reference": "sample", "num_samples": 50}
+    verdict = judge(score(9.0, protocol=few_images), score(10.0, protocol=few_images), BETTER)
+    assert "takes 40 and the number of test images is 20. Raise the number" in verdict.reason
+    assert judge(score(9.0), score(10.0), PromoteConfig(rule="not_worse")).is_promoted
 
 
 @pytest.mark.parametrize(("value", "is_promoted"), [(9.0, True), (10.5, True), (10.6, False)])
@@ -82,9 +97,29 @@ def test_what_memorises_is_refused_whatever_it_scores() -> None:
         assert not verdict.is_promoted
         assert "it memorises: 5.1% of its samples are near-copies" in verdict.reason
     allowed = PromoteConfig(allow_memorising=True)
-    assert judge(score(1.0, copies=COPIES), score(10.0), allowed).is_promoted
+    assert judge(score(1.0, 0.1, copies=COPIES), score(10.0, 0.1), allowed).is_promoted
     fine = {**COPIES, "is_memorising": False}
-    assert judge(score(1.0, copies=fine), score(10.0), BETTER).is_promoted
+    assert judge(score(1.0, 0.1, copies=fine), score(10.0, 0.1), BETTER).is_promoted
+
+
+def test_what_could_not_be_looked_for_is_said_and_keeps_what_would_replace_a_champion() -> None:
+    ours, theirs = score(1.0, 0.1, copies=None), score(10.0, 0.1)
+    says = "whether it memorises could not be checked, which takes 200 held-out images"
+    first = judge(ours, None, BETTER)
+    assert first.is_promoted
+    assert says in first.reason
+    kept = judge(ours, theirs, BETTER)
+    assert not kept.is_promoted
+    assert says in kept.reason
+    assert 'or set promote.unchecked_copies = "allow"' in kept.reason
+    allowed = judge(ours, theirs, PromoteConfig(unchecked_copies="allow"))
+    assert allowed.is_promoted
+    assert says in allowed.reason
+    asked = judge(ours, theirs, PromoteConfig(rule="ask"))
+    assert (asked.asks, says in asked.reason) == (True, True)
+    assert says not in judge(ours, theirs, PromoteConfig(allow_memorising=True)).reason
+    worse = judge(score(11.0, 0.1, copies=None), theirs, BETTER)
+    assert "promote.unchecked_copies" not in worse.reason
 
 
 def test_broken_samples_are_refused_above_a_share() -> None:
@@ -115,7 +150,7 @@ def manifests(num_steps: int, value: float, seed: int = 0) -> dict[str, dict[str
     return {
         **{name: manifest(name) for name in ("preprocess", "features", "reference")},
         "train": train,
-        "evaluate": manifest("evaluate", metrics=score(value)),
+        "evaluate": manifest("evaluate", metrics=score(value, 0.1)),
     }
 
 
@@ -139,7 +174,7 @@ def test_a_version_knows_what_it_came_from(tiny_config: Path, tmp_path: Path) ->
     assert third["checkpoint"]["series"] == first["checkpoint"]["series"]
     assert third["checkpoint"]["series"] != other["checkpoint"]["series"]
     assert third["config"] == config.model_dump(mode="json")
-    assert third["score"]["protocol"] == {"seed": 0}
+    assert third["score"]["protocol"] == PROTOCOL
     assert third["code"]["sha256"]
     assert third["code"]["steps"]["train"] == 3
     again = step_promote(config, root, manifests(200, 7.0))
@@ -187,7 +222,8 @@ def made(value: float, key: str, reference: str = "r", **protocol: Any) -> dict[
     inputs = manifests(100, value, seed=ord(key))
     inputs["train"]["key"], inputs["evaluate"]["key"] = f"train-{key}", f"evaluate-{key}"
     inputs["reference"]["key"], inputs["features"]["key"] = reference, "f"
-    inputs["evaluate"]["metrics"] = score(value, protocol={"reference": reference, **protocol})
+    protocol["reference"] = reference
+    inputs["evaluate"]["metrics"] = score(value, 0.1, protocol=protocol)
     return inputs
 
 
@@ -214,6 +250,30 @@ def test_the_first_version_pins_its_evaluation_and_no_other_does(ask: Any) -> No
     assert [p["version"] for p in registry.promotions()] == [1, 2]
 
 
+def test_without_a_champion_another_reference_is_not_judged_either(ask: Any) -> None:
+    run, registry = ask
+    broken = made(10.0, "a")
+    broken["evaluate"]["metrics"]["degenerate"] = BROKEN
+    assert not run(broken)["promoted"]
+    kept = run(made(1.0, "b", reference="other"))
+    assert not kept["promoted"]
+    assert "under another reference or extractor than evaluation 1" in kept["reason"]
+    assert "`raydiffusion promote tiny 2 --reason WHY` asks no gate" in kept["reason"]
+    assert registry.promotions() == []
+    assert run(made(9.0, "c"))["promoted"]
+
+
+def test_a_champion_told_its_own_mix_of_labels_is_not_compared_with(ask: Any) -> None:
+    _, registry = ask
+    told = {"config": {"model": {"class_conditional": True}}, "number": 1}
+    before, since = PROTOCOL | {}, PROTOCOL | {"label_mix": "m"}
+    assert find_score(registry, told | {"score": {"protocol": before}}, since) is None
+    assert find_score(registry, told | {"score": {"protocol": since}}, since) is not None
+    assert find_score(registry, told | {"score": {"protocol": since}}, before) is not None
+    untold = {"config": {"model": {"class_conditional": False}}, "number": 1}
+    assert find_score(registry, untold | {"score": {"protocol": before}}, since) is not None
+
+
 def test_other_settings_of_the_score_are_named(ask: Any) -> None:
     run, _ = ask
     run(made(10.0, "a"))
@@ -226,7 +286,7 @@ def test_other_settings_of_the_score_are_named(ask: Any) -> None:
 def test_a_score_that_the_champion_got_later_is_compared_with(ask: Any) -> None:
     run, registry = ask
     run(made(10.0, "a"))
-    later = {"key": "e2", "metrics": score(5.0, protocol={"reference": "r", "eta": 1.0})}
+    later = {"key": "e2", "metrics": score(5.0, 0.1, protocol={"reference": "r", "eta": 1.0})}
     add_score(registry, 1, later, "other sampling")
     add_score(registry, 1, later, "again")
     assert not run(made(6.0, "b", eta=1.0))["promoted"]

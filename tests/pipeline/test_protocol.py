@@ -9,7 +9,13 @@ import pytest
 from pipeline.config import load_config
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, EvaluationError
-from pipeline.protocol import FIELDS, compare_records, differences, read_record
+from pipeline.protocol import (
+    FIELDS,
+    compare_records,
+    differences,
+    differing_settings,
+    read_record,
+)
 
 
 def record(value: float, low: float | None = None, high: float = 0.0, **protocol: Any) -> Any:
@@ -26,6 +32,14 @@ def record(value: float, low: float | None = None, high: float = 0.0, **protocol
 def test_fields_that_differ_or_are_lacking_are_named() -> None:
     assert differences({"a": 1, "b": None}, {"a": 1, "b": None}) == []
     assert differences({"a": 1, "b": 2, "c": 0}, {"c": 0, "a": 2, "d": None}) == ["a", "b", "d"]
+
+
+def test_one_that_is_told_labels_compares_with_one_that_is_not() -> None:
+    assert differences({"a": 1, "label_mix": "m"}, {"a": 1}) == []
+    assert differences({"a": 1}, {"a": 2, "label_mix": "m"}) == ["a"]
+    assert differences({"label_mix": "m"}, {"label_mix": "n"}) == ["label_mix"]
+    ours = {"eta": 0.0, "scoring": 1, "implementation": "1.9"}
+    assert differing_settings(ours, {"eta": 1.0, "scoring": 2, "label_mix": "m"}) == ["eta"]
 
 
 def test_different_protocols_are_refused_with_their_fields_and_values() -> None:

@@ -23,7 +23,7 @@ from pipeline.retrain import Cycle, retrain
 from pipeline.scores.drift import Drift
 from pipeline.settings import Config
 from pipeline.sources import InputShard, list_inputs
-from pipeline.steps import Start
+from pipeline.steps import Start, make_steps
 from pipeline.storage import LocalStorage
 
 DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits"
@@ -52,13 +52,15 @@ class Model:
     def shards(self, config: Config) -> list[InputShard]:
         return list_inputs(config.data, self.storage).shards
 
-    def make_version(self) -> None:
-        config = self.config()
-        hashes = {shard.name: shard.sha256 for shard in self.shards(config)}
-        keys = {name: f"{name}-1" for name in ("preprocess", "train", "evaluate")}
+    def make_version(self, number: int = 1, *settings: str, **protocol: Any) -> None:
+        """A champion; the fields of the protocol are those in which its score is another one."""
+        config = self.config(*settings)
+        keys = {name: f"{name}-{number}" for name in ("preprocess", "train", "evaluate")}
         keys |= {"features": "f", "reference": "r"}
         steps: dict[str, dict[str, Any]] = {name: {} for name in keys}
-        steps["preprocess"] = {"identity": {"settings": {"shards": hashes}}}
+        preprocess = make_steps(config, self.shards(config))[0]
+        steps["preprocess"] = {"identity": {"settings": dict(preprocess.settings)}}
+        steps["train"] = {"identity": {"inputs": {"preprocess": keys["preprocess"]}}}
         steps["features"] = {
             "identity": {"settings": {"features.width": 4}},
             "metrics": {"extractor": "classifier", "num_features": 4},
@@ -73,18 +75,19 @@ class Model:
             text = json.dumps(manifest)
             path = f"steps/{name}/{keys[name]}/manifest.json"
             self.storage.create(path, text.encode())
-        protocol = make_protocol(
+        self.protocol = make_protocol(
             config, steps["features"], steps["reference"], split="test", num_samples=128
         )
+        score = {"metric": "fid[classifier]", "value": 9.0, "protocol": self.protocol | protocol}
         version = {
-            "key": "a",
+            "key": str(number),
             "lineage": keys,
-            "weights": "w",
+            "weights": f"w{number}",
             "config": config.model_dump(mode="json"),
-            "score": {"metric": "fid[classifier]", "value": 9.0, "protocol": protocol},
+            "score": score,
         }
         self.registry.add_version(version)
-        self.registry.promote(1, "the first")
+        self.registry.promote(number, "by hand")
 
     def retrain(self, config: Config, **options: Any) -> Cycle:
         def observe(event: Any) -> None:
@@ -147,7 +150,7 @@ def test_a_cycle_is_planned_from_what_the_registry_pins(model: Model) -> None:
     ((ran, basis),) = model.ran
     assert ran.train.num_steps == 40
     assert basis is not None
-    assert basis.start == Start("train-1", "w")
+    assert basis.start == Start("train-1", "w1")
     assert {name: manifest["key"] for name, manifest in basis.pinned.items()} == {
         "features": "f",
         "reference": "r",
@@ -190,7 +193,7 @@ def test_a_cycle_that_was_killed_goes_on_from_where_it_began(model: Model) -> No
     # Killed after the promotion: the champion is now the very model that the cycle makes.
     first = model.registry.version(1)
     lineage = {**first["lineage"], "train": "train-2"}
-    model.registry.add_version({**first, "key": "b", "weights": "w2", "lineage": lineage})
+    model.registry.add_version({**first, "key": "2", "weights": "w2", "lineage": lineage})
     model.registry.promote(2, "better")
     model.verdict = Verdict(True, "better")
     cycle = model.retrain(config)
@@ -287,7 +290,11 @@ def test_a_model_without_versions_is_trained_as_run_does(
         ("model.dim=16", "the config has another model.dim."),
         ("diffusion.objective=pred_noise", "another diffusion.objective."),
         ("evaluate.num_steps=5", "they differ in num_steps"),
-        ("data.fit=pad", "they differ in fit"),
+        ("data.fit=pad", "they differ in data.fit. Set these back, or run"),
+        ('data.background="#000000"', "they differ in data.background"),
+        ('data.include_labels=["1"]', "they differ in data.include_labels"),
+        ("data.drop_duplicates=true", "they differ in data.drop_duplicates"),
+        ("data.test_fraction=0.06", "has images trained on that evaluation 1, which tiny pins"),
         ("tune.enabled=true", "retrain does not search"),
     ],
 )
