@@ -11,7 +11,7 @@ from rich.table import Table
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson
 from jobs.results import print_json
-from pipeline.cycles import held_shards
+from pipeline.holding import held_shards
 from pipeline.registry import Registry, list_models, open_registry
 from pipeline.storage import open_storage
 

@@ -10,16 +10,19 @@ from typing import Any
 
 from pipeline.comparable import check_champion
 from pipeline.config import parse_config
-from pipeline.cycles import hold_cycle, released
+from pipeline.cycles import hold_cycle
 from pipeline.errors import BusyError, ConfigError
+from pipeline.holding import hashes_of, latest_findings, released
 from pipeline.identities import OnHash
 from pipeline.pinning import (
     PINNED,
     describe,
+    file_hashes,
     input_hashes,
     is_pinned,
     pin_first,
     pinned_protocol,
+    read_document,
 )
 from pipeline.registry import Registry, open_registry
 from pipeline.rescore import score_version
@@ -130,14 +133,17 @@ def _score(
 def _without_held(
     registry: Registry, config: Config, champion: Mapping[str, Any], observer: Observer
 ) -> DataConfig:
-    """The section `data` without shards that are held: neither released nor trained on since."""
-    held = {record["sha256"]: record["shard"] for record in registry.records("held")}
+    """The section `data` without what is held: neither released, passed nor trained on since."""
+    held = [r for r in latest_findings(registry).values() if r["state"] == "held"]
     taken = released(registry)
-    if held.keys() - taken:
-        taken |= input_hashes(registry.storage, champion["lineage"]["preprocess"])
-    left_out = sorted(held.keys() - taken)
+    if hashes_of(held) - taken:
+        key = champion["lineage"]["preprocess"]
+        taken |= input_hashes(registry.storage, key)
+        if any("files" in record for record in held):
+            taken |= file_hashes(read_document(registry.storage, key))
+    left_out = sorted(hashes_of(held) - taken)
     if left_out:
-        names = ", ".join(sorted({held[sha256] for sha256 in left_out}))
+        names = ", ".join(sorted({r["shard"] for r in held if hashes_of([r]) - taken}))
         text = f"held shards take no part: {names}. `retrain --accept-held SHARD` takes one in"
         observer(Event("note", "accept", {"text": text}))
     return config.data.model_copy(update={"leave_out": (*config.data.leave_out, *left_out)})

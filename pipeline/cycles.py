@@ -1,30 +1,21 @@
-"""The records of `retrain`: its cycles, what became of them, and input shards that are held.
+"""The records of `retrain`: its cycles, and what became of them.
 
-    models/<name>/cycles/000004.json            what a cycle began with; the latest one counts
-    models/<name>/outcomes/000004.json          how it ended; missing: it goes on with the next call
-    models/<name>/held/<SHA-256>-<evaluation>.json   a shard that is unlike the pinned reference
-    models/<name>/released/<SHA-256>.json       a held one that a person took in
+    models/<name>/cycles/000004.json     what a cycle began with; the latest one counts
+    models/<name>/outcomes/000004.json   how it ended; missing: it goes on with the next call
 
 All are created once and never changed. `models/<name>/retrain` holds the lease of who is at it. The
-cycle itself is in `retrain.py`.
+cycle itself is in `retrain.py`; what it held is recorded in `holding.py`.
 """
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.errors import BusyError, ConfigError
+from pipeline.errors import BusyError
 from pipeline.leases import hold_alone
 from pipeline.registry import Registry, user
 from pipeline.runs import directory_of_cycle
-from pipeline.scores import show_number
-from pipeline.sources import InputShard
-
-if TYPE_CHECKING:
-    from pipeline.scores.drift import Drift  # numpy and torch: not to read a record
-
-PREFIX = 8  # characters of a hash that name a shard, at least
 
 
 @contextlib.contextmanager
@@ -81,93 +72,3 @@ def end_cycle(registry: Registry, number: int, outcome: Mapping[str, Any]) -> No
     """
     full = {"number": number, **outcome, "by": user(), "time": time.time()}
     registry.create("outcomes", f"{number:06d}", full)
-
-
-def hold_shard(
-    registry: Registry, shard: InputShard, evaluation: int, drift: "Drift"
-) -> dict[str, Any]:
-    """Records that a shard is held, with the numbers; returns the record.
-
-    Args:
-        registry: of the model.
-        shard: the input shard, by its content.
-        evaluation: the number of the pinned one.
-        drift: how far it is.
-    """
-    document = {
-        "shard": shard.name,
-        "sha256": shard.sha256,
-        "evaluation": evaluation,
-        "reason": describe_drift(drift),
-        "distance": drift.distance,
-        "largest": drift.largest,
-        "limit": drift.limit,
-        "count": drift.count,
-        "by": user(),
-        "time": time.time(),
-    }
-    registry.create("held", f"{shard.sha256}-{evaluation:06d}", document)
-    return document
-
-
-def describe_drift(drift: "Drift") -> str:
-    """The numbers in words."""
-    return (
-        f"{drift.count:,} of its items are {show_number(drift.distance)} from the reference, and "
-        f"as many random real images are at most {show_number(drift.largest)}, with "
-        f"retrain.drift_factor {show_number(drift.limit)}"
-    )
-
-
-def held_shards(registry: Registry) -> list[dict[str, Any]]:
-    """The shards that are held under the pinned evaluation and were not released.
-
-    Args:
-        registry: of the model.
-    """
-    pinned, taken = len(registry.evaluations()), released(registry)
-    return [
-        record
-        for record in registry.records("held")
-        if record["evaluation"] == pinned and record["sha256"] not in taken
-    ]
-
-
-def released(registry: Registry) -> set[str]:
-    """The SHA-256 of the shards that a person took in.
-
-    Args:
-        registry: of the model.
-    """
-    return {record["sha256"] for record in registry.records("released")}
-
-
-def release_shard(registry: Registry, which: str, reason: str) -> dict[str, Any]:
-    """Takes a held shard in, with who, when and why; returns the record of its being held.
-
-    Args:
-        registry: of the model.
-        which: its name, or the beginning of its SHA-256.
-        reason: for those who read it later.
-
-    Raises:
-        ConfigError: no shard of that name is held, or several are.
-    """
-    every = {record["sha256"]: record for record in registry.records("held")}
-    found = [
-        record
-        for sha256, record in every.items()
-        if record["shard"] == which or (len(which) >= PREFIX and sha256.startswith(which))
-    ]
-    if len(found) != 1:
-        named = ", ".join(f"{r['shard']} ({r['sha256'][:PREFIX]})" for r in every.values())
-        what = "Several held shards are" if found else "No held shard is"
-        raise ConfigError(
-            f"{what} called {which!r}. Those held for {registry.name}: {named or 'none'}. Give the "
-            "name of one, or the beginning of its SHA-256."
-        )
-    (record,) = found
-    taken = {name: record[name] for name in ("shard", "sha256")}
-    document = {**taken, "reason": reason, "by": user(), "time": time.time()}
-    registry.create("released", record["sha256"], document)
-    return record

@@ -6,6 +6,7 @@ retrains, only by `accept-reference` (`accept.py`). A version's own score is in 
 that it got later are `models/<name>/scores/<version>-<key of the step evaluate>.json`.
 """
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pipeline.errors import StorageError
 from pipeline.registry import Registry, user
 from pipeline.storage import Storage
-from pipeline.workflow import read_manifest
+from pipeline.workflow import read_artifact, read_manifest
 
 PINNED = ("features", "reference")  # steps
 FACTS = (
@@ -23,6 +24,7 @@ FACTS = (
     "extractor_sha256",
     "feature_width",
 )  # of a protocol
+DATA_SET = "dataset.json"  # artifact of the step `preprocess`
 FIRST = "the evaluation of the first version"
 
 
@@ -123,6 +125,28 @@ def input_hashes(storage: Storage, key: str) -> set[str]:
     """
     manifest = read_step(storage, "preprocess", key)
     return set(manifest["identity"]["settings"]["shards"].values())
+
+
+def read_document(storage: Storage, key: str) -> dict[str, Any]:
+    """The document of a data set that the registry names.
+
+    Args:
+        storage: the root.
+        key: of the step `preprocess`.
+
+    Raises:
+        StorageError: it, or the manifest, is gone.
+    """
+    return json.loads(read_artifact(storage, read_step(storage, "preprocess", key), DATA_SET))
+
+
+def file_hashes(document: Mapping[str, Any]) -> set[str]:
+    """The SHA-256 of the input files of a data set.
+
+    Args:
+        document: of it.
+    """
+    return {file["sha256"] for shard in document["inputs"] for file in shard["files"]}
 
 
 def find_score(

@@ -4,7 +4,8 @@ A cycle is idempotent. It is recorded when it begins (`cycles.py`): what there w
 champion that it starts from, so that a killed one goes on in the same way whatever happened since;
 the record of its end is made last. Its steps are those of the workflow, but that the results of
 `features` and `reference` are the ones that the model pins, and that `train` may begin with the
-champion's weights. Shards that are unlike the pinned reference are held and left out.
+champion's weights. Shards that are unlike the pinned reference are held and left out
+(`screening.py`).
 """
 
 import contextlib
@@ -14,27 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.cluster import connect
 from pipeline.comparable import check_classes, check_comparable, start_from
-from pipeline.cycles import (
-    begin_cycle,
-    describe_drift,
-    end_cycle,
-    held_shards,
-    hold_cycle,
-    hold_shard,
-    last_cycle,
-    release_shard,
-    released,
-)
-from pipeline.driver import Basis, Outcome, Plan, bring_about, make_plan, run_config
+from pipeline.cycles import begin_cycle, end_cycle, hold_cycle, last_cycle
+from pipeline.driver import Basis, Outcome, Plan, make_plan, run_config
 from pipeline.errors import ConfigError
+from pipeline.holding import hashes_of, held_shards, release_shard, released
 from pipeline.identities import OnHash
 from pipeline.notify import failure_is_told, tell_refusal
 from pipeline.pinning import input_hashes, pin_first, pinned_manifests
 from pipeline.preflight import before_ray, require
 from pipeline.registry import Registry
 from pipeline.rescore import score_champion
+from pipeline.screening import screen
 from pipeline.settings import Config
-from pipeline.sources import InputShard, list_inputs
+from pipeline.sources import InputShard, leave_out, list_inputs
 from pipeline.steps import Start, make_steps
 from pipeline.storage import open_storage
 from pipeline.workflow import Event, Observer, hash_json
@@ -59,7 +52,7 @@ class Cycle:
         new: names of the new or changed input shards.
         held: the records of shards that are held, of this cycle and, where nothing was new, from
             before.
-        unjudged: names of the new shards that have too few items to be tested.
+        unjudged: names of new shards that have too few new items to be tested.
         version: the number of the new version.
         outcome: of the workflow.
     """
@@ -168,12 +161,13 @@ def cycle_key(
     Args:
         config: the whole config.
         shards: the input shards with their hashes.
-        taken: the hashes of the shards that a person took in.
+        taken: the hashes of the shards and loose files that a person took in.
         evaluation: the number of the pinned one.
     """
     steps = make_steps(config, shards, evaluation=evaluation)
     settings = {step.name: dict(step.settings) for step in steps if step.name in KEYED_BY}
-    present = sorted(taken & {shard.sha256 or "" for shard in shards})
+    hashes = {thing.sha256 for shard in shards for thing in (shard, *shard.files)}
+    present = sorted(sha256 for sha256 in taken if sha256 in hashes)
     return hash_json([settings, config.retrain.model_dump(mode="json"), present])
 
 
@@ -202,14 +196,14 @@ def _go_through(
             if not make_plan(config, basis=basis).is_cached:
                 require(before_ray(config, registry.storage, trains=True, draws=True))
                 stack.enter_context(connect(config))  # one Ray for all of the cycle
-            held, unjudged = _test(registry, config, shards, cycle, basis, observer)
+            held, unjudged = screen(registry, config, shards, cycle, basis, observer)
         facts: dict[str, Any] = {
             "number": cycle["number"],
             "new": tuple(cycle["new"]),
             "held": tuple(held),
             "unjudged": tuple(unjudged),
         }
-        if held and len(held) == len(cycle["new"]):
+        if _is_all_held(registry, shards, cycle, held):
             reasons = "; ".join(f"{record['shard']}: {record['reason']}" for record in held)
             sentence = (
                 f"All that is new is held, and nothing was trained ({reasons}). Look at it; "
@@ -219,7 +213,7 @@ def _go_through(
             end_cycle(registry, cycle["number"], ended)
             tell_refusal(config, observer, f"{sentence}.", {"held": ended["held"]})
             return Cycle("held", f"{sentence}.", **facts)
-        left_out = (*config.data.leave_out, *(record["sha256"] for record in held))
+        left_out = (*config.data.leave_out, *sorted(hashes_of(held)))
         data = config.data.model_copy(update={"leave_out": left_out})
         config = config.model_copy(update={"data": data})
         if basis is not None:
@@ -278,45 +272,18 @@ def _basis_of(registry: Registry, cycle: Mapping[str, Any]) -> Basis | None:
     return Basis(pinned, start, evaluation["number"])
 
 
-def _test(
+def _is_all_held(
     registry: Registry,
-    config: Config,
     shards: Sequence[InputShard],
     cycle: Mapping[str, Any],
-    basis: Basis | None,
-    observer: Observer,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records of new shards that have drifted, and the names of those too small to tell."""
-    if basis is None or not config.retrain.check_drift:
-        return [], []
-    data_key = basis.pinned["reference"]["identity"]["inputs"]["preprocess"]
-    passed = released(registry) | input_hashes(registry.storage, data_key)
-    suspects = [s for s in shards if s.name in cycle["new"] and s.sha256 not in passed]
-    if not suspects:
-        return [], []
-    from pipeline.dataset import read_dataset  # torch: not where nothing is new
-    from pipeline.drift import measure_shards
-
-    made = bring_about(config, ("preprocess",), basis=basis, observer=observer)
-    measured = measure_shards(
-        registry.storage,
-        read_dataset(registry.storage, made["preprocess"]),
-        [shard.name for shard in suspects],
-        basis.pinned,
-        factor=config.retrain.drift_factor,
-        cache_bytes=config.data.cache_bytes,
-    )
-    held = []
-    for shard in suspects:
-        drift = measured[shard.name]
-        if drift is None:
-            _tell(observer, f"{shard.name} has too few items to be tested for drift, and is used")
-            continue
-        word = "held" if drift.has_drifted else "passes"
-        _tell(observer, f"{shard.name} {word}: {describe_drift(drift)}")
-        if drift.has_drifted:
-            held.append(hold_shard(registry, shard, basis.evaluation, drift))
-    return held, [name for name, drift in measured.items() if drift is None]
+    held: Sequence[Mapping[str, Any]],
+) -> bool:
+    """Whether nothing that the champion was not trained on is left without what is held."""
+    known = set[str]()
+    if cycle["champion"] is not None:
+        lineage = registry.version(cycle["champion"])["lineage"]
+        known = input_hashes(registry.storage, lineage["preprocess"])
+    return bool(held) and {s.sha256 for s in leave_out(shards, hashes_of(held))} <= known
 
 
 def _unused_features(config: Config, shards: Sequence[InputShard], basis: Basis) -> list[str]:

@@ -9,7 +9,7 @@ file's content is in `identities.py`; what is inside a shard is read by `readers
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -106,7 +106,8 @@ def list_inputs(
         for file in wanted:
             found.setdefault(file.uri, file)
     files = _with_unique_names(found.values())
-    shards = [*_containers(files, data), *_buckets(files, data)]
+    loose = [f for f in files if (kind := format_of(f.name)) and _is_loose(f, kind, data)]
+    shards = [*_containers(files, data), *_buckets(loose)]
     used = {file.uri: file for shard in shards for file in shard.files}
     ignored.update(file.name for file in files if file.uri not in used)  # labels of no images
     for pattern in data.sources:
@@ -114,14 +115,28 @@ def list_inputs(
     hashed = hash_files(list(used.values()), storage, read_remote=read_remote, on_hash=on_hash)
     known = {file.uri: file for file in hashed}
     shards = [replace(s, files=tuple(known[file.uri] for file in s.files)) for s in shards]
-    left_out = set(data.leave_out)
-    used_shards = [shard for shard in shards if shard.sha256 not in left_out]
-    if left_out and not used_shards:
+    used_shards = leave_out(shards, set(data.leave_out))
+    if data.leave_out and not used_shards:
         raise DataError(
             "All input shards are named by data.leave_out. Give others in data.sources, or shorten "
             "data.leave_out."
         )
     return Inputs(sorted(used_shards, key=lambda shard: shard.name), sorted(ignored))
+
+
+def leave_out(shards: Sequence[InputShard], hashes: Set[str]) -> list[InputShard]:
+    """The shards but for some, and but for some loose files: as if these were not there.
+
+    Args:
+        shards: of the input.
+        hashes: SHA-256 of shards, and of files that are gathered into buckets.
+    """
+    kept = [shard for shard in shards if shard.sha256 not in hashes]
+    loose = [file for shard in kept if shard.format == "files" for file in shard.files]
+    others = [file for file in loose if file.sha256 not in hashes]
+    if len(others) == len(loose):
+        return kept
+    return [*(shard for shard in kept if shard.format != "files"), *_buckets(others)]
 
 
 def find_first_files(data: DataConfig, storage: Storage) -> list[InputFile]:
@@ -253,9 +268,8 @@ def _with_labels(found: list[InputFile], storage: Storage) -> list[InputFile]:
     return list(by_uri.values())
 
 
-def _buckets(files: Sequence[InputFile], data: DataConfig) -> list[InputShard]:
+def _buckets(loose: Sequence[InputFile]) -> list[InputShard]:
     """Loose files by the hash of their name, into a power of two of buckets."""
-    loose = [f for f in files if (kind := format_of(f.name)) and _is_loose(f, kind, data)]
     count = 1
     while count * FILES_PER_BUCKET < len(loose) and count < MAX_BUCKETS:
         count *= 2

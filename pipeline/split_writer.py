@@ -1,5 +1,6 @@
 """Writing the items of one split as Arrow files of a target size, and the index of a unit."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,10 @@ import pyarrow as pa
 from pipeline.readers.entries import Label
 from pipeline.settings import DataConfig
 from pipeline.shards import tensor_column, write_arrow
-from pipeline.storage import Storage, hash_content, hashed_name, size_of_content
+from pipeline.storage import Storage, damaged, hash_content, hashed_name, size_of_content
 
 HASH_BYTES = 16  # of an item's SHA-256 in the index
+ITEM_HASH = np.dtype(f"V{HASH_BYTES}")
 SUMMED_AT_ONCE = 64  # items: few enough to stay in the cache
 
 
@@ -104,6 +106,27 @@ def make_index(writers: Sequence[SplitWriter]) -> pa.RecordBatch:
             "channel_sums": tensor_column(np.concatenate([writer.sums for writer in writers])),
         }
     )
+
+
+def read_digests(storage: Storage, directory: str) -> np.ndarray:
+    """The hashes of a unit's items in the order of its files, void [N] of 16 bytes each.
+
+    Args:
+        storage: the root.
+        directory: of the unit, below the root.
+
+    Raises:
+        StorageError: its manifest or index is missing or damaged.
+    """
+    path = f"{directory}/manifest.json"
+    try:
+        path = f"{directory}/{json.loads(storage.read(path))['index']['file']}"
+        table = pa.ipc.open_file(storage.read(path)).read_all()
+    except (FileNotFoundError, ValueError) as error:  # also what Arrow raises
+        raise damaged(storage, path) from error
+    if not table.num_rows:
+        return np.zeros(0, ITEM_HASH)
+    return table.column("content").chunk(0).to_numpy_ndarray().view(ITEM_HASH).ravel()
 
 
 def _channel_sums(items: np.ndarray) -> bytes:

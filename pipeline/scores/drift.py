@@ -13,7 +13,8 @@ import numpy as np
 from pipeline.scores.frechet import FeatureSums, Reference, sum_features
 
 MIN_ITEMS = 32  # fewer are not judged: their distance is chance
-MAX_ITEMS = 10_000  # of a shard that are looked at
+MAX_ITEMS = 10_000  # that are looked at
+MAX_TRAINING = 4 * MAX_ITEMS  # real images of which random ones are drawn
 SUBSETS_OF_FEW_FEATURES, SUBSETS_OF_MANY = 200, 20  # each costs a distance
 MANY_FEATURES = 256
 
@@ -44,15 +45,15 @@ def measure_drift(
     """Compares the features of a shard with those of real images; None for too few to tell.
 
     Args:
-        shard: features [N, d] of its items.
-        training: features [M, d] of real images, of which random ones are drawn without
-            replacement, at most half of them at a time.
+        shard: features [N, d] of its items, or of random ones (`draw_rows`).
+        training: features [M, d] of real images, or of random ones, of which as many as the shard
+            has are drawn without replacement, at most half of them at a time.
         reference: sums of the features that distances are measured to; of other images.
         factor: how many times the largest distance of random images a shard's may be.
         seed: of what is drawn.
     """
     rng = np.random.Generator(np.random.Philox(key=seed))
-    count = min(len(shard), len(training) // 2, MAX_ITEMS)
+    count = min(len(shard), len(training) // 2)
     if count < MIN_ITEMS:
         return None
     target = Reference(reference.mean, reference.covariance)
@@ -65,3 +66,15 @@ def measure_drift(
     num_subsets = SUBSETS_OF_MANY if is_wide else SUBSETS_OF_FEW_FEATURES
     largest = max(distance(training) for _ in range(num_subsets))
     return Drift(distance(shard), largest, factor * largest, count)
+
+
+def draw_rows(count: int, limit: int, *, seed: int = 0) -> np.ndarray:
+    """The numbers of random rows, ascending; of all where these are no more than the limit.
+
+    Args:
+        count: of the rows there are.
+        limit: of those drawn.
+        seed: of what is drawn.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    return np.sort(rng.permutation(count)[:limit])

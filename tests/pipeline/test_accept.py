@@ -1,5 +1,6 @@
 """`accept-reference`: the champion's score first, the pin last; the work is in the story."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pipeline.accept import Accepted, accept_reference, config_of_champion
 from pipeline.config import load_config
 from pipeline.driver import Basis
 from pipeline.errors import ConfigError, StorageError
+from pipeline.holding import add_finding
+from pipeline.lots import Lot
 from pipeline.pinning import find_score, pin_first
 from pipeline.registry import Registry
 from pipeline.settings import Config
@@ -177,20 +180,28 @@ def test_a_model_without_a_champion_is_refused(model: Model) -> None:
         config_of_champion(model.registry.storage, "tiny")
 
 
-def test_held_shards_take_no_part(model: Model) -> None:
+def test_what_is_held_takes_no_part(model: Model) -> None:
     model.registry.promote(1, "the first")
-    known, held, taken = "a" * 64, "b" * 64, "c" * 64
-    manifest = {"key": "preprocess-1", "identity": {"settings": {"shards": {"k.tar": known}}}}
-    path = "steps/preprocess/preprocess-1/manifest.json"
-    model.registry.storage.create(path, json.dumps(manifest).encode())
-    for sha256 in (known, held, taken):
-        model.registry.create("held", sha256, {"shard": f"{sha256[0]}.tar", "sha256": sha256})
+    known, held, taken, passed, loose, used = (letter * 64 for letter in "abcdef")
+    shards = {"identity": {"settings": {"shards": {"k.tar": known}}}}
+    document = json.dumps({"inputs": [{"files": [{"sha256": used}]}]}).encode()
+    artifact = {"file": "dataset.json", "sha256": hashlib.sha256(document).hexdigest()}
+    manifest = {"step": "preprocess", "key": "preprocess-1", **shards}
+    text = json.dumps(manifest | {"artifacts": {"dataset.json": artifact}})
+    directory = "steps/preprocess/preprocess-1"
+    model.registry.storage.create(f"{directory}/manifest.json", text.encode())
+    model.registry.storage.create(f"{directory}/dataset.json", document)
+    of_files = Lot("loose-x", "9" * 64, (), {"a.png": loose, "b.png": used})
+    lots = [Lot(f"{s[0]}.tar", s, ()) for s in (known, held, taken, passed)]
+    for lot in (*lots, of_files):
+        add_finding(model.registry, lot, "held", "far", evaluation=1, cycle=1)
     model.registry.create("released", taken, {"sha256": taken})
+    add_finding(model.registry, lots[3], "passed", "near", evaluation=1, cycle=2)
     model.accept()
     ((config, _),) = model.planned
-    assert config.data.leave_out == (held,)
+    assert config.data.leave_out == (held, loose)
     assert model.notes == [
-        "held shards take no part: b.tar. `retrain --accept-held SHARD` takes one in"
+        "held shards take no part: b.tar, loose-x. `retrain --accept-held SHARD` takes one in"
     ]
 
 

@@ -6,38 +6,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.cycles import (
-    begin_cycle,
-    end_cycle,
-    held_shards,
-    hold_cycle,
-    hold_shard,
-    last_cycle,
-    release_shard,
-    released,
-)
-from pipeline.errors import BusyError, ConfigError
-from pipeline.identities import InputFile
+from pipeline.cycles import begin_cycle, end_cycle, hold_cycle, last_cycle
+from pipeline.errors import BusyError
 from pipeline.registry import Registry
-from pipeline.scores.drift import Drift
-from pipeline.sources import InputShard
 from pipeline.storage import LocalStorage
-
-FAR = Drift(distance=90.0, largest=10.0, limit=15.0, count=300)
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     return Registry(LocalStorage(str(tmp_path)), "m")
-
-
-def shard(name: str, sha256: str) -> InputShard:
-    file = InputFile(name, f"/{name}", num_bytes=1, identity=None, sha256=sha256)
-    return InputShard(name, "tar", (file,))
-
-
-def pin(registry: Registry) -> None:
-    registry.add_record("evaluations", registry.evaluations(), {"reference": "r"})
 
 
 def test_the_latest_cycle_counts_and_knows_whether_it_is_over(registry: Registry) -> None:
@@ -55,51 +32,6 @@ def test_the_latest_cycle_counts_and_knows_whether_it_is_over(registry: Registry
     found = last_cycle(registry)
     assert found is not None
     assert (found["number"], found["outcome"]) == (2, None)
-
-
-def test_a_shard_is_held_once_with_the_numbers(registry: Registry) -> None:
-    pin(registry)
-    for _ in range(2):
-        record = hold_shard(registry, shard("x.tar", "a" * 64), 1, FAR)
-    assert record["reason"] == (
-        "300 of its items are 90.00 from the reference, and as many random real images are at most "
-        "10.00, with retrain.drift_factor 15.00"
-    )
-    (held,) = held_shards(registry)
-    assert (held["shard"], held["sha256"], held["distance"]) == ("x.tar", "a" * 64, 90.0)
-
-
-def test_another_evaluation_holds_none_that_it_has_not_seen(registry: Registry) -> None:
-    pin(registry)
-    hold_shard(registry, shard("x.tar", "a" * 64), 1, FAR)
-    pin(registry)
-    assert held_shards(registry) == []
-
-
-@pytest.mark.parametrize("which", ["x.tar", "a" * 8, "a" * 64])
-def test_a_held_shard_is_released_by_name_or_hash(registry: Registry, which: str) -> None:
-    pin(registry)
-    hold_shard(registry, shard("x.tar", "a" * 64), 1, FAR)
-    hold_shard(registry, shard("y.tar", "b" * 64), 1, FAR)
-    release_shard(registry, which, "looked at")
-    release_shard(registry, which, "again")
-    assert released(registry) == {"a" * 64}
-    assert [record["shard"] for record in held_shards(registry)] == ["y.tar"]
-    (record,) = registry.records("released")
-    assert (record["reason"], bool(record["by"])) == ("looked at", True)
-
-
-def test_what_is_not_held_is_not_released(registry: Registry) -> None:
-    with pytest.raises(ConfigError, match=r"No held shard is called 'x'\. .* for m: none\."):
-        release_shard(registry, "x", "")
-    pin(registry)
-    for sha256 in ("a" * 64, "ab" * 32):
-        hold_shard(registry, shard("x.tar", sha256), 1, FAR)
-    with pytest.raises(ConfigError, match=r"Several held shards are called 'x\.tar'"):
-        release_shard(registry, "x.tar", "")
-    with pytest.raises(ConfigError, match="No held shard is called 'a'"):  # too short to be meant
-        release_shard(registry, "a", "")
-    assert registry.records("released") == []
 
 
 def wait_inside(root: str, is_in: Any, may_leave: Any) -> None:

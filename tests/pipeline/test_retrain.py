@@ -11,11 +11,13 @@ import pytest
 from pipeline import gate
 from pipeline import retrain as module
 from pipeline.config import load_config
-from pipeline.cycles import hold_cycle, hold_shard, last_cycle
+from pipeline.cycles import hold_cycle, last_cycle
 from pipeline.driver import Basis, Outcome, make_plan
 from pipeline.errors import BusyError, ConfigError, StorageError, TrainingError
 from pipeline.extractors.naming import ARTIFACT
 from pipeline.gate import Verdict
+from pipeline.holding import add_finding, describe_drift
+from pipeline.lots import Lot
 from pipeline.pinning import describe
 from pipeline.protocol import make_protocol
 from pipeline.registry import Registry
@@ -96,14 +98,23 @@ class Model:
         return retrain(config, observer=observe, **options)
 
     def hold(self, *names: str) -> None:
-        """Has the drift test hold these shards."""
+        """Has the drift test hold these shards, or loose images as one."""
 
         def hold_some(
             registry: Registry, config: Config, shards: Sequence[InputShard], *_: Any
         ) -> tuple[list[dict[str, Any]], list[str]]:
-            return [hold_shard(registry, s, 1, FAR) for s in shards if s.name in names], []
+            lots = [Lot(s.name, s.sha256 or "", (s.name,)) for s in shards if s.name in names]
+            loose = [f for s in shards if s.format == "files" for f in s.files if f.name in names]
+            if loose:
+                files = {file.name: file.sha256 or "" for file in loose}
+                lots.append(Lot("loose-9", "9" * 64, (), files))
+            reason = describe_drift(FAR)
+            held = [
+                add_finding(registry, lot, "held", reason, evaluation=1, cycle=1) for lot in lots
+            ]
+            return held, []
 
-        self.monkeypatch.setattr(module, "_test", hold_some)
+        self.monkeypatch.setattr(module, "screen", hold_some)
 
     def _verdict(self) -> Verdict:
         assert isinstance(self.verdict, Verdict)
@@ -239,6 +250,27 @@ def test_where_all_that_is_new_is_held_nothing_is_trained(model: Model) -> None:
     assert (taken.state, taken.number) == ("promoted", 2)
     (record,) = model.registry.records("released")
     assert record["reason"] == "new pens"
+
+
+def test_held_loose_images_are_left_out_without_those_beside_them(
+    model: Model, tmp_path: Path, make_png: Callable[..., bytes]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.png").write_bytes(make_png(ord(name)))
+    sources = json.dumps([str(DIGITS / "digits-0000.tar"), str(tmp_path / "in")])
+    config = model.config(f"data.sources={sources}")
+    model.hold("a.png")
+    assert model.retrain(config).state == "promoted"
+    ((ran, _),) = model.ran
+    files = [[file.name for file in shard.files] for shard in model.shards(ran)]
+    assert files == [["digits-0000.tar"], ["b.png"]]
+    model.hold("a.png", "b.png")
+    other = model.config(f"data.sources={sources}", "promote.rule=not_worse")
+    assert model.retrain(other).state == "held"
+    assert len(model.ran) == 1
+    model.hold()
+    assert model.retrain(other, accept_held=["loose-9"]).number == 3
 
 
 def test_who_wants_to_know_of_failures_is_told_that_all_is_held(

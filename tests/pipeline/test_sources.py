@@ -1,3 +1,4 @@
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,6 +145,28 @@ def test_a_new_file_changes_one_bucket(tmp_path: Path, inputs_of: Callable[..., 
     after = {shard.name: shard.sha256 for shard in inputs_of("in").shards}
     assert before.keys() == after.keys()
     assert sum(before[name] != after[name] for name in before) == 1
+
+
+def test_what_is_left_out_is_as_if_it_were_not_there(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    def sha256_of(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    write(tmp_path / "in" / "1.tar", b"one")
+    for k in range(FILES_PER_BUCKET):
+        write(tmp_path / "in" / f"{k:05d}.png", str(k).encode())
+    before = inputs_of("in").shards
+    write(tmp_path / "in" / "2.tar", b"two")
+    write(tmp_path / "in" / "new.png", b"new")
+    assert [shard.name for shard in inputs_of("in").shards] == [
+        "1.tar", "2.tar", "files-0000-of-0002", "files-0001-of-0002"
+    ]  # fmt: skip
+    left_out = (sha256_of(b"two"), sha256_of(b"new"))
+    assert inputs_of("in", leave_out=left_out).shards == before
+    write(tmp_path / "one" / "new.png", b"new")
+    with pytest.raises(DataError, match=r"All input shards are named by data\.leave_out"):
+        inputs_of("one", leave_out=left_out)
 
 
 def test_a_renamed_loose_file_is_noticed(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:

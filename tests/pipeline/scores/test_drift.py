@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.scores.drift import MIN_ITEMS, measure_drift
+from pipeline.scores.drift import MIN_ITEMS, draw_rows, measure_drift
 from pipeline.scores.frechet import FeatureSums, sum_features
 
 
@@ -75,3 +75,11 @@ def test_of_a_shard_larger_than_half_the_training_as_many_are_looked_at(
     assert drift is not None
     assert drift.count == 500
     assert not drift.has_drifted
+
+
+def test_rows_are_drawn_once_each_and_the_same_again() -> None:
+    assert draw_rows(5, 5).tolist() == draw_rows(5, 9).tolist() == [0, 1, 2, 3, 4]
+    some = draw_rows(1000, 100)
+    assert len(set(some.tolist())) == 100
+    assert some.tolist() == sorted(draw_rows(1000, 100).tolist())
+    assert some.tolist() != draw_rows(1000, 100, seed=1).tolist()
