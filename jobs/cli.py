@@ -324,7 +324,7 @@ def _run_steps(
                 on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
                 subject=find_subject(config),
-                target=as_typed(path, [o for o in overrides or () if not _is_secret(o)]),
+                target=as_typed(path, overrides or ()),
             )
         seconds = time.monotonic() - started
         inspected = _inspect(outcome, config, output) if inspect else {}
@@ -337,11 +337,6 @@ def _run_steps(
             show_search(console, metrics, as_typed(path, overrides or ()))
         if inspected:
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
-
-
-def _is_secret(override: str) -> bool:
-    """Whether an override must not be seen in records and on pages."""
-    return override.startswith("notify.")
 
 
 def _is_root(target: str) -> bool:
