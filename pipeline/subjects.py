@@ -94,17 +94,34 @@ def find_source(context: StepContext) -> Source:
         counts = _count_labels(storage, data, document.unet.num_classes)
         num_timesteps = document.schedule.num_train_timesteps
         return Source("model", key=key, counts=counts, num_timesteps=num_timesteps)
+    return source_of_training(storage, context.config, data, context.inputs["train"])
+
+
+def source_of_training(
+    storage: Storage, config: Config, data: Mapping[str, Any], train: Mapping[str, Any]
+) -> Source:
+    """The network of a training.
+
+    Args:
+        storage: the root.
+        config: that it was trained with.
+        data: the manifest of its step `preprocess`; read only where the network is told the class.
+        train: the manifest of its step `train`.
+
+    Raises:
+        StorageError: the data set's document is missing or damaged.
+    """
     counts = None
-    if context.config.model.class_conditional:
-        known = context.inputs["train"]["metrics"].get("num_classes")
+    if config.model.class_conditional:
+        known = train["metrics"].get("num_classes")
         counts = _count_labels(storage, data, known)
         if known is None:  # trained before it was kept
             counts = _by_name(class_counts(read_dataset(storage, data), "train"))
     return Source(
         "training",
-        manifest=context.inputs["train"],
+        manifest=train,
         counts=counts,
-        num_timesteps=context.config.diffusion.num_train_timesteps,
+        num_timesteps=config.diffusion.num_train_timesteps,
     )
 
 

@@ -125,6 +125,15 @@ def test_the_life_of_a_model(
     assert settings["train.num_steps"] == 100
     assert Path(found["report"]).exists()
 
+    # Its run is that of the config now, and the champion is had by name, without Ray.
+    shown = json.loads(story.do("status", str(story.config_path), *story.options, "--json"))
+    assert shown["run"] == found["run"]
+    assert shown["cycle"]["outcome"]["version"] == 2
+    story.do("sample", "tiny", "--num", "3", "--output", "samples")
+    assert len(list((story.directory / "samples").glob("0*.png"))) == 3
+    exported = json.loads(story.do("export", "tiny@2", "--output", "exported", "--json"))
+    assert exported["weights"]["ema"]["sha256"] == second["weights"]
+
     # Rolled back, the first is restored, and no cycle brings the second back by itself.
     story.do("rollback", "tiny", "--reason", "bad eyes")
     assert story.champion() == 1
