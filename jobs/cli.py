@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs import cleaning, cron, exchanging, registry, retrain, submit
+from jobs import cleaning, cron, exchanging, registry, retrain, sampling, submit
 from jobs.console import EventPrinter, say_what_is_left, show_plan, show_schedules
 from jobs.diagnosis import diagnose
 from jobs.exit_codes import errors_to_exit_codes
@@ -41,6 +41,7 @@ from pipeline.settings import Config
 from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
 from pipeline.subject_kinds import Subject, find_subject
+from pipeline.targets import find_run
 from pipeline.torchrun import dismiss, torchrun_world
 
 UNDER_TORCHRUN = (("preprocess",), ("train",))
@@ -208,9 +209,9 @@ def status(
 ) -> None:
     """Print what a run did, or the runs below a storage root."""
     with errors_to_exit_codes(as_json):
+        cycle = None
         if target.endswith(".toml"):
-            planned = make_plan(load_config(target, set_ or ()), read_remote=False)
-            storage, run_name = planned.storage, planned.run
+            storage, run_name, cycle = find_run(load_config(target, set_ or ()))
         elif target and not _is_root(target):
             storage, run_name = open_storage(root), target
         else:
@@ -224,6 +225,7 @@ def status(
         else:
             document = read_run(storage, run_name)
             document["progress"] = read_progress(storage, document)
+            document["cycle"] = cycle
             print_json(document) if as_json else show_run(Console(), document)
 
 
@@ -287,8 +289,8 @@ def schedules(
             show_schedules(Console(), rows, output)
 
 
-for part in (retrain.app, exchanging.app, registry.app, submit.app, cron.app, cleaning.app):
-    app.add_typer(part)
+for part in (retrain, sampling, exchanging, registry, submit, cron, cleaning):
+    app.add_typer(part.app)
 
 
 def _run_steps(
@@ -324,7 +326,7 @@ def _run_steps(
                 on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
                 subject=find_subject(config),
-                target=as_typed(path, [o for o in overrides or () if not _is_secret(o)]),
+                target=as_typed(path, overrides or ()),
             )
         seconds = time.monotonic() - started
         inspected = _inspect(outcome, config, output) if inspect else {}
@@ -337,11 +339,6 @@ def _run_steps(
             show_search(console, metrics, as_typed(path, overrides or ()))
         if inspected:
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
-
-
-def _is_secret(override: str) -> bool:
-    """Whether an override must not be seen in records and on pages."""
-    return override.startswith("notify.")
 
 
 def _is_root(target: str) -> bool:

@@ -174,7 +174,7 @@ def show_schedules(console: Console, rows: list[dict[str, Any]], output: Path) -
     console.print(f"drawn: {output}", highlight=False, soft_wrap=True)
 
 
-def show_exchanged(console: Console, verb: str, target: Path, exchanged: Any) -> None:
+def show_exchanged(console: Console, verb: str, target: Path | str, exchanged: Any) -> None:
     """Prints what an import or export wrote."""
     document = exchanged.document
     unet = document.model_dump(mode="json")["unet"]

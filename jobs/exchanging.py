@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jobs.console import show_exchanged
 from jobs.exit_codes import errors_to_exit_codes
-from jobs.options import AsJson, Overrides
+from jobs.options import AsJson, Overrides, TrainedRoot
 from jobs.results import exchanged_json, print_json
 from pipeline.errors import ConfigError
 
@@ -71,8 +71,15 @@ def import_(
 
 @app.command()
 def export(
-    target: Annotated[Path, typer.Argument(help="a config that is trained, or a model folder")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|CONFIG|NAME[@VERSION]",
+            help="a model folder, a config that is trained, or a model for its champion",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="the folder to write")],
+    root: TrainedRoot = "runs",
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +87,7 @@ def export(
     with errors_to_exit_codes(as_json):
         from pipeline.exchange import export_model  # torch: only here
 
-        done = export_model(target, output, set_ or ())
+        done = export_model(target, output, set_ or (), root=root)
         if as_json:
             print_json(exchanged_json(done))
         else:

@@ -80,6 +80,11 @@ def show_run(console: Console, document: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if cycle := document["cycle"]:
+        outcome = cycle["outcome"]
+        said = outcome["sentence"] if outcome else "not over; `retrain` goes on with it"
+        text = f"cycle {cycle['number']} of retraining: {said}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def exchanged_json(exchanged: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pipeline.submission import (
     PYTHON,
     VERBS,
     make_submission,
+    refuse_webhooks,
     settings_on_cluster,
     submit_or_find,
 )
@@ -75,7 +76,9 @@ def submit(
     """
     with errors_to_exit_codes(as_json, on_interrupt="Interrupted."):
         verb, path, arguments = _split(command)
-        config = load_config(path, _overrides(arguments))
+        overrides = _overrides(arguments)
+        config = load_config(path, overrides)
+        refuse_webhooks(path, overrides)
         package = make_package(config, path, includes=include or (), excludes=exclude or ())
         server = JobServer(address)
         settings = settings_on_cluster(

@@ -7,12 +7,17 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.config import is_secret
 from pipeline.publish import training_command
 
 
 def as_typed(config: Path, overrides: Sequence[str]) -> str:
-    """A config and its `--set` options as they can be typed into a shell."""
-    given = [part for text in overrides for part in ("--set", text)]
+    """A config and its `--set` options as they can be typed into a shell.
+
+    Without those of the section `notify`, which may be secrets: this is for records and pages.
+    """
+    shown = [text for text in overrides if not is_secret(text)]
+    given = [part for text in shown for part in ("--set", text)]
     return shlex.join([str(config), *given])
 
 

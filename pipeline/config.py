@@ -93,6 +93,11 @@ def parse_config(values: Mapping[str, Any], source: str) -> Config:
     return _validate(copy.deepcopy(dict(values)), source)
 
 
+def is_secret(override: str) -> bool:
+    """Whether a `section.key=value` is of `notify`, and must not be seen in records."""
+    return override.partition("=")[0].partition(".")[0] == "notify"
+
+
 def absolute_source(source: str, base: Path) -> str:
     """A source as an absolute path or glob, or the URI that it is."""
     if "://" in source:

@@ -29,8 +29,6 @@ from diffusion_core.scheduler_config import (
 )
 from diffusion_core.timesteps import Spacing
 from pipeline.checkpoints import to_safetensors
-from pipeline.config import load_config
-from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, DataError
 from pipeline.model_folder import (
     MODEL_FILE,
@@ -49,8 +47,8 @@ from pipeline.model_folder import (
 )
 from pipeline.model_folder import load_model_folder as load_model_folder
 from pipeline.models import make_diffusion, make_unet
-from pipeline.settings import Config
-from pipeline.workflow import read_artifact, read_manifest
+from pipeline.targets import SUFFIX, Trained, find_trained
+from pipeline.workflow import read_artifact
 
 SCHEDULER_FILE = "scheduler_config.json"
 
@@ -174,38 +172,44 @@ def import_scheduler_config(path: Path) -> ReadScheduler:
     return _as_sections(settings, notes)
 
 
-def export_model(target: Path, output: Path, overrides: Sequence[str] = ()) -> Exchanged:
+def export_model(
+    target: str, output: Path, overrides: Sequence[str] = (), *, root: str = "runs"
+) -> Exchanged:
     """Writes a model folder with a diffusers scheduler config beside the EMA weights.
 
     Args:
-        target: a model folder, or a config (`.toml`) whose training is finished.
+        target: a model folder, a config (`.toml`) whose training is finished, `NAME` for the
+            champion of a model or `NAME@VERSION`. A directory of that name is taken first.
         output: the folder, which must not be there or be empty; it appears whole or not at all.
-        overrides: `a.b=c` of the config.
+        overrides: `a.b=c` of the config; of a version, those of `evaluate` alone.
+        root: the storage root of a model's name.
 
     Raises:
-        ConfigError: the config is wrong or its training not finished, the process has no form in
-            diffusers, or the output holds something.
+        ConfigError: the config is wrong or its training not finished, there is no such version,
+            the process has no form in diffusers, or the output holds something.
         DataError: the model folder is none, or is damaged.
         StorageError: the root cannot be read or the output not written.
     """
     check_output(output)
     spacing: Spacing = "trailing"
     clip_x_start = True
-    if target.suffix == ".toml":
-        config = load_config(target, overrides)
-        spacing, clip_x_start = config.evaluate.spacing, config.evaluate.clip_x_start
-        with _kept_warnings() as notes:
-            document, content = _read_training(target, config)
-            schedule = build_schedule(document.schedule)
-    else:
+    folder = Path(target)
+    if folder.is_dir() or (len(folder.parts) > 1 and not target.endswith(SUFFIX)):
         if overrides:
-            raise ConfigError("--set is for a config, not for a model folder. Leave it out.")
-        document = read_document(target)
-        with _kept_warnings() as notes, as_data_error(target / MODEL_FILE):
+            raise ConfigError("--set is not for a model folder. Leave it out.")
+        document = read_document(folder)
+        with _kept_warnings() as notes, as_data_error(folder / MODEL_FILE):
             schedule = build_schedule(document.schedule)
-        content = read_weights(target, document)
+        content = read_weights(folder, document)
         if "ema" not in document.weights:
             notes.append("the model has no EMA weights: its weights as trained are exported")
+    else:
+        trained = find_trained(target, overrides, root=root)
+        evaluate = trained.config.evaluate
+        spacing, clip_x_start = evaluate.spacing, evaluate.clip_x_start
+        with _kept_warnings() as notes:
+            document, content = _read_training(trained)
+            schedule = build_schedule(document.schedule)
     try:
         scheduler = make_scheduler_config(
             schedule, document.objective, spacing=spacing, clip_x_start=clip_x_start
@@ -225,17 +229,9 @@ def export_model(target: Path, output: Path, overrides: Sequence[str] = ()) -> E
     return Exchanged(str(output), document, num_parameters, notes)
 
 
-def _read_training(target: Path, config: Config) -> tuple[ModelDocument, bytes]:
-    planned = make_plan(config, ("train",))
-    config = planned.config
-    step = next(p for p in planned.steps if p.step.name == "train")
-    manifest = read_manifest(planned.storage, "train", step.key)
-    if manifest is None:
-        raise ConfigError(
-            f"The training of {target} is not finished: {step.reason}. "
-            f"Run `raydiffusion train {target}` first."
-        )
-    content = read_artifact(planned.storage, manifest, "ema.safetensors")
+def _read_training(trained: Trained) -> tuple[ModelDocument, bytes]:
+    config, manifest = trained.config, trained.train
+    content = read_artifact(trained.storage, manifest, "ema.safetensors")
     diffusion = make_diffusion(config)
     sha256 = manifest["artifacts"]["ema.safetensors"]["sha256"]
     options = dict(config.diffusion.schedule_options)
@@ -251,7 +247,7 @@ def _read_training(target: Path, config: Config) -> tuple[ModelDocument, bytes]:
             sha256=sha256,
             library="raydiffusion",
             library_version=manifest["versions"].get("raydiffusion"),
-            train=step.key,
+            train=manifest["key"],
         ),
         weights={"ema": WeightsFile(file="ema.safetensors", sha256=sha256)},
     )

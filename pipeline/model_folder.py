@@ -136,7 +136,7 @@ def read_document(folder: Path) -> ModelDocument:
     if not path.is_file():
         raise DataError(
             f"{folder} is no model folder: it has no {MODEL_FILE}. Give a folder that "
-            "`raydiffusion import` or `export` has written, or a config (.toml)."
+            "`raydiffusion import` or `export` has written, a config (.toml), or a model's name."
         )
     with as_data_error(path):
         values = json.loads(path.read_text(encoding="utf-8"))

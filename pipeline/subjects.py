@@ -95,15 +95,28 @@ def find_source(context: StepContext) -> Source:
         counts = _count_labels(storage, data, document.unet.num_classes)
         num_timesteps = document.schedule.num_train_timesteps
         return Source("model", key=key, counts=counts, num_timesteps=num_timesteps)
-    counts = None
+    train, counts = context.inputs["train"], None
     if context.config.model.class_conditional:
-        train, reference = context.inputs["train"], context.inputs["reference"]
+        reference = context.inputs["reference"]
         counts = count_for_training(storage, train, data, reference)
+    return source_of_training(context.config, train, counts)
+
+
+def source_of_training(
+    config: Config, train: Mapping[str, Any], counts: Mapping[str, int] | None
+) -> Source:
+    """The network of a training.
+
+    Args:
+        config: that it was trained with.
+        train: the manifest of its step `train`.
+        counts: images by label, by which samples get theirs, where the network is told the class.
+    """
     return Source(
         "training",
-        manifest=context.inputs["train"],
+        manifest=train,
         counts=counts,
-        num_timesteps=context.config.diffusion.num_train_timesteps,
+        num_timesteps=config.diffusion.num_train_timesteps,
     )
 
 

@@ -9,12 +9,14 @@ import json
 import re
 import shlex
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pipeline.cluster_jobs import Job
+from pipeline.config import is_secret
 from pipeline.errors import ConfigError
 from pipeline.packing import Package
 from pipeline.settings import Config
@@ -76,6 +78,27 @@ def make_submission(
     name = f"{config.name}-{verb}-{sha256[:8]}"
     metadata = {"name": config.name, "verb": verb, "config": package.config, "sha256": sha256}
     return Submission(name, entrypoint, package, metadata)
+
+
+def refuse_webhooks(path: Path, overrides: Sequence[str]) -> None:
+    """Refuses to send a webhook's URL: a job's files and command are seen by all of the cluster.
+
+    Args:
+        path: of the config's file, which is sent as it is.
+        overrides: `section.key=value`, which are part of the command.
+
+    Raises:
+        ConfigError: a receiver of `notify` holds a URL, there or here.
+    """
+    table = tomllib.loads(path.read_text(encoding="utf-8")).get("notify", {})
+    told = {f"notify.{key} in {path}": json.dumps(value) for key, value in table.items()}
+    told |= {f"--set {text.partition('=')[0]}": text for text in overrides if is_secret(text)}
+    if found := [where for where, text in told.items() if "://" in text]:
+        raise ConfigError(
+            f"{' and '.join(found)} {'have URLs' if len(found) > 1 else 'has a URL'}, which all "
+            "who may look at the cluster's jobs would see. Write 'env:NAME', or have a command "
+            "read the variable NAME, and set it in the environment in which Ray's head is started."
+        )
 
 
 def settings_on_cluster(

@@ -1,18 +1,25 @@
-"""The files for clusters, against what Ray and Kubernetes document.
+"""The files for clusters, against the schemas that Kubernetes publishes, and that parts agree.
 
-The schemas of KubeRay's resources are not in this repository: what is checked here is what a
-typing error would break, and that the parts agree.
+The schemas of KubeRay's resources are in no package. Where KUBERAY_CRDS names a directory with
+them, `helm-chart/kuberay-operator/crds` of a KubeRay release, the files are held against these too.
 """
 
+import copy
+import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from pipeline.cluster import CPU_POOL, POOL_LABEL
+from pipeline.errors import ConfigError, RefusedError
+
+from .test_documented_commands import check_command
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -23,13 +30,7 @@ JOB_FIELDS = {
     "entrypoint", "submissionMode", "backoffLimit", "submitterConfig", "shutdownAfterJobFinishes",
     "ttlSecondsAfterFinished", "rayClusterSpec",
 }  # fmt: skip
-CRON_FIELDS = {
-    "schedule", "timeZone", "concurrencyPolicy", "startingDeadlineSeconds", "jobTemplate",
-    "successfulJobsHistoryLimit", "failedJobsHistoryLimit",
-}  # fmt: skip
-CONTAINER_FIELDS = {
-    "name", "image", "command", "env", "envFrom", "ports", "resources", "volumeMounts",
-}  # fmt: skip
+KUBERNETES = ("1.29", "1.37")  # in earlier schemas a rule cannot be of exit codes alone
 
 
 def read(name: str) -> dict[str, Any]:
@@ -44,10 +45,56 @@ def check_pod(template: dict[str, Any]) -> dict[str, Any]:
     """The one container of a pod, all of whose mounts have a volume."""
     spec = template["spec"]
     (container,) = spec["containers"]
-    assert container.keys() <= CONTAINER_FIELDS
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
     return container
+
+
+def pod_templates() -> list[dict[str, Any]]:
+    """What KubeRay makes pods of, as the resource that Kubernetes has a schema for."""
+    groups = [[s["headGroupSpec"], *s["workerGroupSpecs"]] for s in cluster_specs()]
+    meta = {"apiVersion": "v1", "kind": "PodTemplate"}
+    return [{**meta, "template": group["template"]} for part in groups for group in part]
+
+
+def strict(schema: Any) -> Any:
+    """A schema of a custom resource that refuses fields it does not know, as `kubectl` does."""
+    if not isinstance(schema, dict):
+        return [strict(part) for part in schema] if isinstance(schema, list) else schema
+    closed = {key: strict(value) for key, value in schema.items()}
+    if "properties" in schema and "x-kubernetes-preserve-unknown-fields" not in schema:
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_pods_and_the_schedule_are_as_kubernetes_publishes(version: str) -> None:
+    cron = read("retrain-cronjob.yaml")
+    for document in (cron, *pod_templates()):
+        kubernetes_validate.validate(document, version, strict=True)
+    for damage in (
+        lambda spec: spec.update(backofLimit=1),
+        lambda spec: spec["podFailurePolicy"]["rules"][0].update(action=9),
+        lambda spec: spec["template"]["spec"]["containers"][0].pop("name"),
+    ):
+        damaged = copy.deepcopy(cron)
+        damage(damaged["spec"]["jobTemplate"]["spec"])
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(damaged, version, strict=True)
+
+
+@pytest.mark.skipif("KUBERAY_CRDS" not in os.environ, reason="KUBERAY_CRDS names no schemas")
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_clusters_are_as_kuberay_publishes(name: str) -> None:
+    crd = yaml.safe_load(Path(os.environ["KUBERAY_CRDS"], f"ray.io_{name}s.yaml").read_text())
+    (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}  # which Kubernetes checks
+    validator = Draft202012Validator(schema)
+    document = read(f"{name}.yaml")
+    assert [error.message for error in validator.iter_errors(document)] == []
+    document["spec"]["headGroupSpecs"] = {}
+    assert list(validator.iter_errors(document))
 
 
 @pytest.mark.parametrize("spec", cluster_specs(), ids=["raycluster", "rayjob"])
@@ -83,15 +130,24 @@ def test_the_job_and_the_schedule_run_verbs_that_there_are() -> None:
         "RayJob",
         JOB_FIELDS,
     )
-    assert shlex.split(job["spec"]["entrypoint"])[:2] == ["raydiffusion", "run"]
+    program, *words = shlex.split(job["spec"]["entrypoint"])
+    assert (program, words[0]) == ("raydiffusion", "run")
+    check_command(words)
     assert (cron["apiVersion"], cron["kind"]) == ("batch/v1", "CronJob")
-    assert cron["spec"].keys() == CRON_FIELDS
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
     assert re.fullmatch(r"(\S+ ){4}\S+", cron["spec"]["schedule"])
-    template = cron["spec"]["jobTemplate"]["spec"]["template"]
-    assert template["spec"]["restartPolicy"] == "Never"
+    job_spec = cron["spec"]["jobTemplate"]["spec"]
+    template = job_spec["template"]
+    assert template["spec"]["restartPolicy"] == "Never"  # podFailurePolicy asks for it
     container = check_pod(template)
+    (rule,) = job_spec["podFailurePolicy"]["rules"]
+    codes = [ConfigError.exit_code, RefusedError.exit_code]
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": codes},
+    }
     assert container["command"][:3] == ["raydiffusion", "submit", "retrain"]
+    check_command(container["command"][1:])
     name = read("raycluster.yaml")["metadata"]["name"]
     environment = {variable["name"]: variable for variable in container["env"]}
     assert environment["RAY_API_SERVER_ADDRESS"]["value"] == f"http://{name}-head-svc:8265"

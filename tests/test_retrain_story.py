@@ -23,6 +23,7 @@ from .conftest import DIGITS, TINY, cli_program
 
 NUM_NOISE = 3000  # images in the poisoned shard, twice as many as there are digits
 NUM_KILLS = 20
+SECRET = "T0KEN"
 OF_THE_MOMENT = {"by", "time", "created"}  # fields that no two runs have in common
 
 
@@ -46,6 +47,7 @@ class Story:
             # A challenger of this size would be kept as often as promoted by the intervals.
             "promote.rule=not_worse",
             "promote.tolerance=0.5",
+            f"notify.on_success=['true', '{SECRET}']",
         ]
         self.options = [part for setting in settings for part in ("--set", setting)]
 
@@ -123,6 +125,15 @@ def test_the_life_of_a_model(
     assert settings["train.num_steps"] == 100
     assert Path(found["report"]).exists()
 
+    # Its run is that of the config now, and the champion is had by name, without Ray.
+    shown = json.loads(story.do("status", str(story.config_path), *story.options, "--json"))
+    assert shown["run"] == found["run"]
+    assert shown["cycle"]["outcome"]["version"] == 2
+    story.do("sample", "tiny", "--num", "3", "--output", "samples")
+    assert len(list((story.directory / "samples").glob("0*.png"))) == 3
+    exported = json.loads(story.do("export", "tiny@2", "--output", "exported", "--json"))
+    assert exported["weights"]["ema"]["sha256"] == second["weights"]
+
     # Rolled back, the first is restored, and no cycle brings the second back by itself.
     story.do("rollback", "tiny", "--reason", "bad eyes")
     assert story.champion() == 1
@@ -168,6 +179,8 @@ def test_the_life_of_a_model(
     assert later["score"]["protocol"]["reference"] == two["reference"]
     assert [p["version"] for p in story.registry.promotions()] == [1, 2, 1, 2]
     assert list(story.directory.rglob(".staged-*")) == []
+    kept = [path for path in (story.directory / "runs").rglob("*") if path.is_file()]
+    assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
 
 
 class Killed:

@@ -21,6 +21,7 @@ from pipeline.timetable import read_state
 
 from ..conftest import cli_program
 
+SECRET = "https://example.org/T0KEN"
 FAR = ("--at", "0 3 1 1 *", "--timezone", "UTC")
 
 
@@ -77,7 +78,7 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_a_failure_is_kept_and_a_signal_ends_it_while_it_waits(tiny_config: Path) -> None:
-    nothing = ("--set", 'data.sources=["no/*.tar"]')
+    nothing = ("--set", "cluster.address=127.0.0.1:1", "--set", f"notify.on_success={SECRET}")
     options = (str(tiny_config), *FAR, *nothing, "--verb", "preprocess", "--once-now", "--json")
     storage = LocalStorage(str(tiny_config.parent / "runs"))
     with started(*options, cwd=tiny_config.parent) as process:
@@ -91,8 +92,11 @@ def test_a_failure_is_kept_and_a_signal_ends_it_while_it_waits(tiny_config: Path
         assert process.wait(timeout=30) == 130
     events = [json.loads(line) for line in [*lines, *rest] if line.startswith('{"time"')]
     assert [e["event"] for e in events] == ["started", "failed", "waiting", "stopped"]
-    assert events[1]["exit_code"] == 3
-    assert any("There are no images at" in line for line in lines)
+    assert events[1]["exit_code"] == 7
+    assert any("Ray at 127.0.0.1:1 cannot be used" in line for line in lines)
+    kept = [path for path in (tiny_config.parent / "runs").rglob("*") if path.is_file()]
+    assert [path for path in kept if path.name == "run.json"]
+    assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
     state = read_state(storage, "tiny")
     assert state is not None
     assert (state.failures, state.at) == (1, FAR[1])

@@ -232,7 +232,7 @@ def test_what_is_there_is_not_overwritten(checkpoint: Callable[..., Path], tmp_p
     with pytest.raises(ConfigError, match="not empty"):
         import_checkpoint(checkpoint(global_step=1), tmp_path / "m")
     with pytest.raises(ConfigError, match="not empty"):
-        export_model(tmp_path / "m", tmp_path / "m")
+        export_model(str(tmp_path / "m"), tmp_path / "m")
     assert (tmp_path / "m" / "model.json").read_bytes() == before
 
 
@@ -309,7 +309,7 @@ def test_a_model_folder_is_exported(
     imported: ImportedModel, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     import_checkpoint(checkpoint(), tmp_path / "m")
-    done = export_model(tmp_path / "m", tmp_path / "e")
+    done = export_model(str(tmp_path / "m"), tmp_path / "e")
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
         "model.json",
         "scheduler_config.json",
@@ -321,8 +321,8 @@ def test_a_model_folder_is_exported(
     assert torch.equal(
         run(*load_model_folder(tmp_path / "e")), run(*load_model_folder(tmp_path / "m"))
     )
-    with pytest.raises(ConfigError, match="--set is for a config"):
-        export_model(tmp_path / "m", tmp_path / "f", ["train.num_steps=1"])
+    with pytest.raises(ConfigError, match="--set is not for a model folder"):
+        export_model(str(tmp_path / "m"), tmp_path / "f", ["train.num_steps=1"])
 
 
 def test_flow_is_not_exported(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -331,13 +331,13 @@ def test_flow_is_not_exported(checkpoint: Callable[..., Path], tmp_path: Path) -
     )
     import_checkpoint(path, tmp_path / "m")
     with pytest.raises(ConfigError, match="knows no flow"):
-        export_model(tmp_path / "m", tmp_path / "e")
+        export_model(str(tmp_path / "m"), tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
 def test_a_model_without_ema_says_so(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     import_checkpoint(checkpoint(ema_weights=None), tmp_path / "m")
-    done = export_model(tmp_path / "m", tmp_path / "e")
+    done = export_model(str(tmp_path / "m"), tmp_path / "e")
     assert done.notes == ["the model has no EMA weights: its weights as trained are exported"]
     model, _ = load_model_folder(tmp_path / "e")
     assert torch.equal(model.init_conv.weight, make_model(seed=1).init_conv.weight)
@@ -378,9 +378,9 @@ def test_a_finished_training_is_exported(
         text.replace("[diffusion]", "[diffusion]\nschedule_options = { s = 0.02 }")
     )
     with pytest.raises(ConfigError, match=r"is not finished: .*Run `raydiffusion train"):
-        export_model(tiny_config, tmp_path / "e")
+        export_model(str(tiny_config), tmp_path / "e")
     trained = finish_training(tiny_config)
-    done = export_model(tiny_config, tmp_path / "e")
+    done = export_model(str(tiny_config), tmp_path / "e")
     config = load_config(tiny_config)
     expected = make_diffusion(config)
     model, diffusion = load_model_folder(tmp_path / "e")
@@ -395,7 +395,7 @@ def test_a_finished_training_is_exported(
     assert (settings.objective, settings.spacing) == ("pred_v", "leading")
     torch.testing.assert_close(settings.schedule.betas, expected.schedule.betas)
     with pytest.raises(ConfigError, match="not finished"):
-        export_model(tiny_config, tmp_path / "f", ["train.seed=1"])
+        export_model(str(tiny_config), tmp_path / "f", ["train.seed=1"])
 
 
 def write_scheduler(folder: Path, **values: Any) -> Path:
