@@ -79,6 +79,7 @@ class ObjectStorage:
             as_storage_error("delete", self._path(path)),
             contextlib.suppress(FileNotFoundError),
         ):
+            self._filesystem.invalidate_cache()  # what another process wrote must be found
             self._filesystem.rm(self._path(path), recursive=True)
 
     def clean(self, directory: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from pipeline import object_storage
 from pipeline.errors import StorageError
@@ -194,6 +195,16 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_write(tmp_path: Path, mo
     assert storage.create("d/x", b"2") == (moment == "before")
     assert staged_in(tmp_path / "d") == []
     assert storage.read("d/x") == (b"1" if moment == "after" else b"2")
+
+
+def test_what_another_process_wrote_since_a_listing_is_deleted(object_store: Any) -> None:
+    _, bucket = object_store
+    storage = open_storage(f"s3://{bucket}/root")
+    storage.replace("d/ours", b"1")
+    assert storage.list("d") == ["ours"]  # remembered by the file system
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{bucket}/root/d/theirs", b"1")
+    storage.delete("d/theirs")
+    assert storage.list("d") == ["ours"]
 
 
 def test_clean_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
