@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
 
 # Modules whose tests start Ray themselves.
-OWN_RAY = {"test_local_ray.py", "test_preprocess_story.py", "test_jobs_story.py"}
+OWN_RAY = {"test_local_ray.py", "test_preprocess_story.py", "test_jobs_story.py", "test_pools.py"}
 TINY = """
 name = "tiny"
 [data]

@@ -34,7 +34,8 @@ class Head:
     """A Ray head in a process of its own."""
 
     process: subprocess.Popen[str]
-    port: int
+    port: int  # of the dashboard
+    gcs: int
     temp: Path
     environment: dict[str, str] = field(repr=False)
 
@@ -54,17 +55,22 @@ class Head:
 
     def kill(self) -> None:
         """SIGKILL for all its processes at once, as when the machine loses its power."""
-        import ray  # noqa: F401  # it brings psutil
+        kill_tree(self.process)
 
-        import psutil  # isort: skip  # pyright: ignore[reportMissingModuleSource]
 
-        if self.process.poll() is not None:
-            return
-        processes = [psutil.Process(self.process.pid)]
-        processes += processes[0].children(recursive=True)
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for a process and all that it has started."""
+    import ray  # noqa: F401  # it brings psutil
+
+    import psutil  # isort: skip  # pyright: ignore[reportMissingModuleSource]
+
+    if process.poll() is not None:
+        return
+    processes = [psutil.Process(process.pid)]
+    processes += processes[0].children(recursive=True)
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 class Proxy:
@@ -120,9 +126,9 @@ def free_ports(count: int) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
-@pytest.fixture
-def ray_head() -> Iterator[Head]:
-    """A head with two CPUs, its dashboard and a token of its own."""
+@contextlib.contextmanager
+def started_head(*, num_cpus: int) -> Iterator[Head]:
+    """A head with its dashboard and a token of its own."""
     temp = Path(tempfile.mkdtemp(prefix="raydiffusion-")).resolve()
     gcs, dashboard, agent, client = free_ports(4)
     program = Path(sys.executable).parent
@@ -134,7 +140,7 @@ def ray_head() -> Iterator[Head]:
     log = temp / "head.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(program / "ray"), "start", "--head", "--block", "--num-cpus", "2",
+            [str(program / "ray"), "start", "--head", "--block", "--num-cpus", str(num_cpus),
              "--node-ip-address", "127.0.0.1", "--port", str(gcs),
              "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
              "--dashboard-agent-listen-port", str(agent),
@@ -143,7 +149,7 @@ def ray_head() -> Iterator[Head]:
              "--temp-dir", str(temp), "--disable-usage-stats"],
             cwd=temp, env={**os.environ, **environment}, stdout=file, stderr=file, text=True,
         )  # fmt: skip
-    head = Head(process, dashboard, temp, environment)
+    head = Head(process, dashboard, gcs, temp, environment)
     try:
         wait_for(lambda: "block forever" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
@@ -152,6 +158,13 @@ def ray_head() -> Iterator[Head]:
         head.kill()  # in order, Ray takes half a minute
         process.wait(timeout=DEADLINE_S)
         shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture
+def ray_head() -> Iterator[Head]:
+    """A head with two CPUs."""
+    with started_head(num_cpus=2) as head:
+        yield head
 
 
 def wait_for(is_there: Callable[[], Any]) -> Any:
