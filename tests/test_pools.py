@@ -1,58 +1,120 @@
-"""Two nodes on this machine, one of them the pool for tasks: what runs where."""
+"""A job on a head and two nodes of this machine, a pool for tasks and one with a GPU.
 
+There is no GPU: Ray is told of one, and gives it to the workers of the training, which compute on
+their CPU. All else is as on a cluster.
+"""
+
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Prints the nodes by label, and on which of them the tasks of preprocessing and a task of
-# `send_task` ran. The other node has more CPUs, so that Ray would prefer it.
-RUN = """
-import json, sys
-import ray
-from ray.cluster_utils import Cluster
-from ray.util.state import list_tasks
-from pipeline.cluster import POOL_LABEL
-from pipeline.config import load_config
-from pipeline.driver import run_config
-from pipeline.tasks import send_task
-from pipeline.workflow import Resources
+from .test_jobs_story import DEADLINE_S, Head, free_ports, kill_tree, started_head, wait_for
 
-settings = sys.argv[1:]
-store = {"object_store_memory": 100 << 20}
-cluster = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, **store})
-cluster.add_node(num_cpus=4, labels={POOL_LABEL: "gpu"}, **store)
-cluster.add_node(num_cpus=1, labels={POOL_LABEL: "cpu"}, **store)
-ray.init(address=cluster.address, log_to_driver=False)
-config = load_config(settings[0], [*settings[1:], f"cluster.address={cluster.address}"])
-run_config(config, ("preprocess",), observer=lambda event: None)
-node = send_task(lambda: ray.get_runtime_context().get_node_id(), Resources(cpus=1))
-pools = {n["NodeID"]: n["Labels"].get(POOL_LABEL) for n in ray.nodes()}
-ran = [
-    (task.name, pools[task.node_id]) for task in list_tasks(detail=True, limit=1000)
-    if task.node_id and "FlatMap" in task.name
-]
-print(json.dumps({"sent": pools[node], "ran": ran}))
-ray.shutdown()
-cluster.shutdown()
+# Stands in for `python` where the job is started: `-m jobs VERB ...`.
+WITHOUT_CUDA = """
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
+import ray.train.torch
+from pipeline import preflight, ray_train
+
+def train(settings):
+    import ray, torch, ray.train.torch
+    from pipeline.ray_train import _train_worker
+    assert ray.get_gpu_ids(), "the worker was given no GPU"
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+    return _train_worker(settings)
+
+def with_gloo(*, backend, make=ray.train.torch.TorchConfig, **options):
+    assert backend == "nccl"
+    return make(backend="gloo", **options)
+
+preflight.check_gpus = preflight.check_collectives = lambda *_: "not looked at"
+ray_train._train_worker, ray.train.torch.TorchConfig = train, with_gloo
+sys.argv = sys.argv[2:]
+runpy.run_module("jobs", run_name="__main__", alter_sys=True)
+"""
+# Prints the pools on whose nodes tasks and the workers of trainings ran, by name.
+LOOK = """
+import collections, json, sys
+import ray
+from ray.util.state import list_actors, list_tasks
+from pipeline.cluster import POOL_LABEL
+
+gcs, dashboard = sys.argv[1:]
+ray.init(address=gcs, log_to_driver=False)
+pools = {node["NodeID"]: node["Labels"].get(POOL_LABEL) for node in ray.nodes()}
+ran = collections.defaultdict(set)
+for task in list_tasks(dashboard, detail=True, limit=10_000):
+    if task.node_id and task.type == "NORMAL_TASK":
+        ran[task.name].add(pools[task.node_id])
+for actor in list_actors(dashboard, detail=True, limit=1_000):
+    if actor.node_id:
+        ran[actor.class_name].add(pools[actor.node_id])
+print(json.dumps({name: sorted(map(str, where)) for name, where in ran.items()}))
 """
 
 
-@pytest.mark.slow
-def test_tasks_that_ask_for_no_gpu_run_on_the_pool_for_them(tiny_config: Path) -> None:
-    root = f"storage.root={tiny_config.parent / 'runs'}"
-    with tempfile.TemporaryDirectory(prefix="raydiffusion-") as temp:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, str(tiny_config), root],
-            env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": temp},
-            capture_output=True, text=True, timeout=300,
+@contextlib.contextmanager
+def joined(head: Head, pool: str, *options: str) -> Iterator[None]:
+    """Another node of the head's cluster, in a process of its own."""
+    log = head.temp / f"{pool}.log"
+    (agent,) = free_ports(1)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "ray"), "start", "--block",
+             "--address", f"127.0.0.1:{head.gcs}", "--node-ip-address", "127.0.0.1",
+             "--labels", f"raydiffusion/pool={pool}",
+             "--dashboard-agent-listen-port", str(agent),
+             "--object-store-memory", str(100 << 20), "--disable-usage-stats", *options],
+            cwd=head.temp, env={**os.environ, **head.environment}, stdout=file, stderr=file,
+            text=True,
         )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {pool for _, pool in found["ran"]} == {"cpu"}
-    assert found["sent"] == "cpu"
+    try:
+        wait_for(lambda: "block forever" in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield
+    finally:
+        kill_tree(process)
+        process.wait(timeout=DEADLINE_S)
+
+
+@pytest.mark.slow
+def test_a_job_prepares_on_the_cpu_pool_and_trains_on_the_gpu_pool(
+    tiny_config: Path, run_cli: Callable[..., Any]
+) -> None:
+    path = tiny_config.parent
+    shim, program = path / "without_cuda.py", path / "python"
+    shim.write_text(WITHOUT_CUDA)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {shim} "$@"\n')
+    program.chmod(0o755)
+    settings = ["train.use_gpu=true", "train.num_workers=1", "train.num_steps=20"]
+    options = [word for text in settings for word in ("--set", text)]
+    with (
+        started_head(num_cpus=0) as head,
+        joined(head, "gpu", "--num-cpus", "4", "--num-gpus", "1"),  # where Ray sees most room
+        joined(head, "cpu", "--num-cpus", "1"),
+    ):
+        done = run_cli(
+            "submit", "--address", head.address, "--python", str(program), "run", "tiny.toml",
+            *options, cwd=path, timeout=2 * DEADLINE_S, env=head.environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        looked = subprocess.run(
+            [sys.executable, "-c", LOOK, f"127.0.0.1:{head.gcs}", head.address],
+            env={**os.environ, **head.environment}, capture_output=True, text=True,
+            timeout=DEADLINE_S,
+        )  # fmt: skip
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    ran = json.loads(looked.stdout.splitlines()[-1])
+    tasks = {name: where for name, where in ran.items() if "FlatMap" in name}
+    tasks |= {name: ran[name] for name in ("train_classifier", "_draw_chunks")}
+    assert set(map(tuple, tasks.values())) == {("cpu",)}, ran
+    assert len(tasks) >= 3, ran  # preprocessing is among them
+    assert ran["RayTrainWorker"] == ["gpu"], ran
