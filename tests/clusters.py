@@ -75,11 +75,11 @@ def ray_head_in(directory: Path, environment: Mapping[str, str], num_cpus: int) 
 
 @contextlib.contextmanager
 def ray_node_in(
-    directory: Path, environment: Mapping[str, str], head: Head, num_cpus: int
+    directory: Path, environment: Mapping[str, str], head: Head, num_cpus: int, *options: str
 ) -> Iterator[None]:
     """Another node of a head's cluster, while the block runs; see `ray_head_in`."""
-    options = ["--address", head.cluster, "--num-cpus", str(num_cpus)]
-    with _ray_start(directory, {**head.environment, **environment}, options):
+    given = ["--address", head.cluster, "--num-cpus", str(num_cpus), *options]
+    with _ray_start(directory, {**head.environment, **environment}, given):
         yield
 
 

@@ -35,16 +35,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
 
 # Modules whose tests start Ray themselves.
-<<<<<<< HEAD
 OWN_RAY = {
     "test_jobs_story.py",
     "test_local_ray.py",
     "test_object_store_story.py",
+    "test_pools.py",
     "test_preprocess_story.py",
 }
-=======
-OWN_RAY = {"test_local_ray.py", "test_preprocess_story.py", "test_jobs_story.py", "test_pools.py"}
->>>>>>> h-d
 TINY = """
 name = "tiny"
 [data]

@@ -22,55 +22,6 @@ from pipeline.storage import LocalStorage
 from .clusters import DEADLINE_S, Head, ray_head_in, short_directory, wait_for
 from .conftest import ROOT, cli_program
 
-<<<<<<< HEAD
-=======
-DEADLINE_S = 240
-
-
-@dataclass
-class Head:
-    """A Ray head in a process of its own."""
-
-    process: subprocess.Popen[str]
-    port: int  # of the dashboard
-    gcs: int
-    temp: Path
-    environment: dict[str, str] = field(repr=False)
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def find_driver(self) -> int:
-        """The process id of the one job that runs."""
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (path / "cmdline").read_bytes().split(b"\0")
-                is_below = (path / "cwd").readlink().is_relative_to(self.temp)
-                if is_below and words[1:3] == [b"-m", b"jobs"]:
-                    return int(path.name)
-        raise AssertionError("no job runs")
-
-    def kill(self) -> None:
-        """SIGKILL for all its processes at once, as when the machine loses its power."""
-        kill_tree(self.process)
-
-
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for a process and all that it has started."""
-    import ray  # noqa: F401  # it brings psutil
-
-    import psutil  # isort: skip  # pyright: ignore[reportMissingModuleSource]
-
-    if process.poll() is not None:
-        return
-    processes = [psutil.Process(process.pid)]
-    processes += processes[0].children(recursive=True)
-    for each in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-
->>>>>>> h-d
 
 class Proxy:
     """A way to a port that can be cut off."""
@@ -119,67 +70,11 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
 
 
-<<<<<<< HEAD
 @pytest.fixture
 def ray_head() -> Iterator[Head]:
     """A head with two CPUs, its dashboard and a token of its own."""
     with short_directory() as temp, ray_head_in(temp, {}, num_cpus=2) as head:
         yield head
-=======
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in servers]
-
-
-@contextlib.contextmanager
-def started_head(*, num_cpus: int) -> Iterator[Head]:
-    """A head with its dashboard and a token of its own."""
-    temp = Path(tempfile.mkdtemp(prefix="raydiffusion-")).resolve()
-    gcs, dashboard, agent, client = free_ports(4)
-    program = Path(sys.executable).parent
-    environment = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "PATH": f"{program}{os.pathsep}{os.environ['PATH']}",
-    }
-    log = temp / "head.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [str(program / "ray"), "start", "--head", "--block", "--num-cpus", str(num_cpus),
-             "--node-ip-address", "127.0.0.1", "--port", str(gcs),
-             "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
-             "--dashboard-agent-listen-port", str(agent),
-             "--ray-client-server-port", str(client),
-             "--object-store-memory", str(100 << 20),
-             "--temp-dir", str(temp), "--disable-usage-stats"],
-            cwd=temp, env={**os.environ, **environment}, stdout=file, stderr=file, text=True,
-        )  # fmt: skip
-    head = Head(process, dashboard, gcs, temp, environment)
-    try:
-        wait_for(lambda: "block forever" in log.read_text() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield head
-    finally:
-        head.kill()  # in order, Ray takes half a minute
-        process.wait(timeout=DEADLINE_S)
-        shutil.rmtree(temp, ignore_errors=True)
-
-
-@pytest.fixture
-def ray_head() -> Iterator[Head]:
-    """A head with two CPUs."""
-    with started_head(num_cpus=2) as head:
-        yield head
-
-
-def wait_for(is_there: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := is_there()):
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
-    return found
->>>>>>> h-d
 
 
 @pytest.fixture

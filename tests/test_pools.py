@@ -4,18 +4,17 @@ There is no GPU: Ray is told of one, and gives it to the workers of the training
 their CPU. All else is as on a cluster.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .test_jobs_story import DEADLINE_S, Head, free_ports, kill_tree, started_head, wait_for
+from .clusters import DEADLINE_S, ray_head_in, ray_node_in, short_directory
 
 # Stands in for `python` where the job is started: `-m jobs VERB ...`.
 WITHOUT_CUDA = """
@@ -61,30 +60,6 @@ print(json.dumps({name: sorted(map(str, where)) for name, where in ran.items()})
 """
 
 
-@contextlib.contextmanager
-def joined(head: Head, pool: str, *options: str) -> Iterator[None]:
-    """Another node of the head's cluster, in a process of its own."""
-    log = head.temp / f"{pool}.log"
-    (agent,) = free_ports(1)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "ray"), "start", "--block",
-             "--address", f"127.0.0.1:{head.gcs}", "--node-ip-address", "127.0.0.1",
-             "--labels", f"raydiffusion/pool={pool}",
-             "--dashboard-agent-listen-port", str(agent),
-             "--object-store-memory", str(100 << 20), "--disable-usage-stats", *options],
-            cwd=head.temp, env={**os.environ, **head.environment}, stdout=file, stderr=file,
-            text=True,
-        )  # fmt: skip
-    try:
-        wait_for(lambda: "block forever" in log.read_text() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield
-    finally:
-        kill_tree(process)
-        process.wait(timeout=DEADLINE_S)
-
-
 @pytest.mark.slow
 def test_a_job_prepares_on_the_cpu_pool_and_trains_on_the_gpu_pool(
     tiny_config: Path, run_cli: Callable[..., Any]
@@ -97,9 +72,13 @@ def test_a_job_prepares_on_the_cpu_pool_and_trains_on_the_gpu_pool(
     settings = ["train.use_gpu=true", "train.num_workers=1", "train.num_steps=20"]
     options = [word for text in settings for word in ("--set", text)]
     with (
-        started_head(num_cpus=0) as head,
-        joined(head, "gpu", "--num-cpus", "4", "--num-gpus", "1"),  # where Ray sees most room
-        joined(head, "cpu", "--num-cpus", "1"),
+        short_directory() as one,
+        short_directory() as two,
+        short_directory() as three,
+        ray_head_in(one, {}, num_cpus=0) as head,
+        # Where Ray sees most room.
+        ray_node_in(two, {}, head, 4, "--labels", "raydiffusion/pool=gpu", "--num-gpus", "1"),
+        ray_node_in(three, {}, head, 1, "--labels", "raydiffusion/pool=cpu"),
     ):
         done = run_cli(
             "submit", "--address", head.address, "--python", str(program), "run", "tiny.toml",
@@ -107,7 +86,7 @@ def test_a_job_prepares_on_the_cpu_pool_and_trains_on_the_gpu_pool(
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         looked = subprocess.run(
-            [sys.executable, "-c", LOOK, f"127.0.0.1:{head.gcs}", head.address],
+            [sys.executable, "-c", LOOK, head.cluster, head.address],
             env={**os.environ, **head.environment}, capture_output=True, text=True,
             timeout=DEADLINE_S,
         )  # fmt: skip
