@@ -178,6 +178,15 @@ def test_the_life_of_a_model(
     assert later["version"] == 2
     assert later["score"]["protocol"]["reference"] == two["reference"]
     assert [p["version"] for p in story.registry.promotions()] == [1, 2, 1, 2]
+
+    # Rolled back past it, the champion has no score under it, and the next cycle makes that first.
+    story.do("rollback", "tiny", "--reason", "second thoughts")
+    found, lines = story.retrain(code=0)
+    assert "version 1, the champion, has no score under evaluation 2, and gets it first" in lines
+    assert (found["state"], found["version"]) == ("promoted", 4), found["sentence"]
+    assert len(story.registry.evaluations()) == 2
+    again, _ = (record["version"] for record in story.registry.records("scores"))
+    assert again == 1
     assert list(story.directory.rglob(".staged-*")) == []
     kept = [path for path in (story.directory / "runs").rglob("*") if path.is_file()]
     assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
