@@ -143,3 +143,19 @@ def _is_preempted() -> bool:
     import ray.train
 
     return ray.train.get_preemption_info() is not None
+
+
+def free_places() -> None:
+    """Gives back what workers of stopped trials held, or the next training waits for it for ever.
+
+    Ray Tune ends a trial's process at the end of its search, and Ray keeps the placement group that
+    Ray Train made there until the whole job is over.
+    """
+    import ray
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()
+    for key, facts in placement_group_table().items():
+        if key.endswith(job) and facts["state"] != "REMOVED":  # ids end with that of their job
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))

@@ -217,11 +217,13 @@ def _go_through(
         data = config.data.model_copy(update={"leave_out": left_out})
         config = config.model_copy(update={"data": data})
         if basis is not None:
-            check_classes(registry.storage, config, cycle["new"], basis, observer=observer)
-            score_champion(registry, config, basis, observer=observer)
+            with failure_is_told(config, observer):
+                check_classes(registry.storage, config, cycle["new"], basis, observer=observer)
+                score_champion(registry, config, basis, observer=observer)
         outcome = run_config(config, observer=observer, on_plan=on_plan, basis=basis, target=target)
-        if basis is not None:  # another may have been promoted meanwhile
-            score_champion(registry, config, basis, observer=observer)
+        if basis is not None:
+            with failure_is_told(config, observer):  # another may have been promoted meanwhile
+                score_champion(registry, config, basis, observer=observer)
     with failure_is_told(config, observer):
         version = outcome.manifests["promote"]["metrics"]["version"]
         # The step may have been done before, and another promoted or this one rolled back since.

@@ -24,7 +24,7 @@ from pipeline.errors import (
     RaydiffusionError,
     StorageError,
 )
-from pipeline.ray_train import ray_storage
+from pipeline.ray_train import free_places, ray_storage
 from pipeline.settings import Config
 from pipeline.storage import Storage, open_storage
 from pipeline.tune.records import Entry, Records, Result, Rung
@@ -133,6 +133,8 @@ def run_trials(
     finally:
         with contextlib.suppress(RaydiffusionError):
             keep_logs(storage, scratch)
+        if config.train.max_workers > 1:
+            free_places()
     if watcher.errors:
         raise watcher.errors[0]
 
