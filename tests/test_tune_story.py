@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from pipeline.cluster import connect
 from pipeline.config import load_config, override_config
 from pipeline.driver import make_plan
+from pipeline.ray_train import free_places
 from pipeline.settings import SpaceConfig
 from pipeline.storage import LocalStorage
 from pipeline.tune.planted import planted_trial, score_of_choice
@@ -253,6 +255,36 @@ def test_run_with_a_search_trains_what_it_recommends(
     )  # fmt: skip
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Everything was there already" in again.stdout
+
+
+def test_what_the_workers_of_an_ended_trial_held_is_given_back(
+    ray_cluster: str, story: Story
+) -> None:
+    import ray
+    from ray.util import placement_group, placement_group_table
+
+    def taken() -> list[str]:
+        job = ray.get_runtime_context().get_job_id()
+        return [
+            key
+            for key, facts in placement_group_table().items()
+            if key.endswith(job) and facts["state"] != "REMOVED"
+        ]
+
+    class Trial:
+        def take(self) -> None:
+            ray.get(placement_group([{"CPU": 1}]).ready())
+
+    with connect(load_config(story.config_path, [f"cluster.address={ray_cluster}"])):
+        trial: Any = ray.remote(num_cpus=0)(Trial).remote()
+        ray.get(trial.take.remote())
+        ray.kill(trial)
+        assert len(taken()) == 1  # Ray keeps it while the job lives
+        free_places()
+        deadline = time.monotonic() + 60
+        while taken():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_a_planted_optimum_is_found_by_trials_of_ray_tune(
