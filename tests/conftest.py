@@ -203,7 +203,7 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `raydiffusion` in a process of its own and returns what it printed."""
 
     def run(
-        *args: str, cwd: Path, timeout: float = 120, env: dict[str, str] | None = None
+        *args: str, cwd: Path, timeout: float = 300, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [cli_program(), *args],
@@ -222,7 +222,7 @@ def kill_cli_at() -> Callable[..., list[str]]:
     """Runs `raydiffusion` and SIGKILLs it once `is_time(lines)` holds of all it has printed."""
 
     def run(
-        *args: str, cwd: Path, is_time: Callable[[list[str]], bool], timeout: float = 120
+        *args: str, cwd: Path, is_time: Callable[[list[str]], bool], timeout: float = 300
     ) -> list[str]:
         process = subprocess.Popen(
             [cli_program(), *args],

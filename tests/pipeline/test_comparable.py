@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import comparable, rescore
-from pipeline.driver import Plan
+from pipeline.driver import Basis, Plan, make_plan
 from pipeline.errors import ConfigError, StorageError
 from pipeline.pinning import pin_first
 from pipeline.registry import Registry
@@ -41,7 +41,7 @@ def test_a_champion_that_was_trained_on_the_pinned_test_images_is_refused(model:
 def test_without_a_champion_the_data_must_be_those_of_the_evaluation(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Registry, "promotions", lambda self: [])
+    monkeypatch.setattr(Registry, "champion", lambda self: None)
     with pytest.raises(ConfigError, match=r"data\.fit\. Set these back, or give the model another"):
         model.retrain(model.config("data.fit=pad", shards=(0, 1)))
     assert model.retrain(model.config("evaluate.num_steps=5", shards=(0, 1))).number == 1
@@ -55,8 +55,11 @@ class Scoring:
         self.fault: Exception | None = None
         monkeypatch.setattr(rescore, "bring_about", self._bring_about)
 
-    def _bring_about(self, config: Config, planned: Plan, **_: Any) -> dict[str, Any]:
+    def _bring_about(
+        self, config: Config, targets: Any, *, basis: Basis, subject: Any = None, **_: Any
+    ) -> dict[str, Any]:
         assert len(self.model.ran) == 0  # before anything is trained
+        planned = make_plan(config, targets, basis=basis, subject=subject)
         self.planned.append(planned)
         if self.fault is not None:
             raise self.fault

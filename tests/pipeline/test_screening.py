@@ -78,7 +78,6 @@ class World:
         self.cycle, self.seed = 0, 0
         self.notes: list[str] = []
         self.forwarded: list[FeatureFile] = []
-        monkeypatch.setattr(module, "make_plan", lambda *_, **__: None)
         monkeypatch.setattr(
             module, "bring_about", lambda config, *_, **__: {"preprocess": self.preprocess(config)}
         )
