@@ -71,6 +71,9 @@ class RunRecord:
             "directories": {},
             "executions": [],
         }
+        for execution in before["executions"]:
+            if execution["outcome"] == "running":  # its lease is ours now
+                execution["outcome"] = "killed"
         self._events = _read_text(storage, f"{self.directory}/events.jsonl")
         needs = _describe_needs(planned)
         self.document: dict[str, Any] = {
