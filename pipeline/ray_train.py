@@ -145,17 +145,28 @@ def _is_preempted() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def free_places() -> None:
+def free_places(*, of_the_dead: bool = False) -> None:
     """Gives back what workers of stopped trials held, or the next training waits for it for ever.
 
     Ray Tune ends a trial's process at the end of its search, and Ray keeps the placement group that
-    Ray Train made there until the whole job is over.
+    Ray Train made there until the whole job is over. Ray's public table of groups does not say
+    whose they are.
+
+    Args:
+        of_the_dead: only groups whose maker, Ray Train's controller, is dead; else all of this job.
     """
     import ray
-    from ray.util import placement_group_table, remove_placement_group
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+    from ray.util import remove_placement_group
     from ray.util.placement_group import PlacementGroup
 
     job = ray.get_runtime_context().get_job_id()
-    for key, facts in placement_group_table().items():
-        if key.endswith(job) and facts["state"] != "REMOVED":  # ids end with that of their job
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
+    driver = ray.ActorID.nil().binary()  # the maker of what no actor made
+    accessor, kind = state._connect_and_get_accessor(), vars(gcs_pb2)["PlacementGroupTableData"]
+    for row in accessor.get_placement_group_table():
+        group = kind.FromString(row)
+        is_left = group.creator_actor_dead and group.creator_actor_id != driver
+        is_gone = group.state == kind.REMOVED
+        if group.creator_job_id.hex() == job and not is_gone and (is_left or not of_the_dead):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))

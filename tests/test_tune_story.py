@@ -1,11 +1,15 @@
 """A search on a real Ray: killed in its middle, continued, read as a page, and used by `run`."""
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
 import re
 import shlex
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -217,20 +221,37 @@ def test_one_cpu_and_more_trials_than_it_holds(story: Story, run_cli: Callable[.
 
 
 @pytest.mark.slow
-def test_trials_of_two_workers_train_through_ray_train(
+def test_trials_of_two_workers_train_through_ray_train_though_one_is_killed(
     story: Story, run_cli: Callable[..., Any]
 ) -> None:
+    root, killed = story.directory / "two", []
+
+    def kill_one() -> None:
+        """Kills a trial's process, from outside, once it has trained for a while."""
+        while not list(root.glob("steps/trial/*/checkpoints/*")):
+            time.sleep(0.1)
+        own_network = Path("/proc/self/ns/net").readlink()
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                is_here = (path / "ns/net").readlink() == own_network
+                if is_here and (path / "cmdline").read_bytes().startswith(b"ray::ImplicitFunc"):
+                    os.kill(int(path.name), signal.SIGKILL)
+                    killed.append(path.name)
+
+    threading.Thread(target=kill_one, daemon=True).start()
     done = run_cli(
         "tune", *story.arguments, "--json", "--set", "train.num_workers=2",
-        "--set", "tune.num_trials=2", "--set", "train.seed=7", cwd=story.directory, timeout=600,
+        "--set", "tune.num_trials=2", "--set", f"storage.root={root}",
+        cwd=story.directory, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert len(killed) == 1
     metrics = json.loads(done.stdout)["metrics"]["tune"]
     assert metrics["counts"]["trials"] == 2
     assert metrics["counts"]["finished"] >= 1
     assert metrics["cost"]["at_a_time"] == 1
-    assert list((story.directory / "runs").glob("steps/trial/*/verdicts/*")) == []
-    assert list((story.directory / "runs").glob("steps/trial/*/ray")) == []
+    assert list(root.glob("steps/trial/*/verdicts/*")) == []
+    assert list(root.glob("steps/trial/*/ray")) == []
 
 
 @pytest.mark.slow
@@ -257,11 +278,30 @@ def test_run_with_a_search_trains_what_it_recommends(
     assert "Everything was there already" in again.stdout
 
 
+@pytest.fixture
+def make_controller() -> Callable[[], Any]:
+    """Makes what holds the whole shared cluster, as Ray Train's controller does for workers."""
+
+    def make() -> Any:  # Ray takes it along by value
+        import ray
+        from ray.util import placement_group
+
+        class Controller:
+            def take(self) -> None:
+                ray.get(placement_group([{"CPU": 2}]).ready())
+
+        controller: Any = ray.remote(num_cpus=0)(Controller).remote()
+        ray.get(controller.take.remote())
+        return controller
+
+    return make
+
+
 def test_what_the_workers_of_an_ended_trial_held_is_given_back(
-    ray_cluster: str, story: Story
+    ray_cluster: str, story: Story, make_controller: Callable[[], Any]
 ) -> None:
     import ray
-    from ray.util import placement_group, placement_group_table
+    from ray.util import placement_group_table
 
     def taken() -> list[str]:
         job = ray.get_runtime_context().get_job_id()
@@ -271,20 +311,59 @@ def test_what_the_workers_of_an_ended_trial_held_is_given_back(
             if key.endswith(job) and facts["state"] != "REMOVED"
         ]
 
-    class Trial:
-        def take(self) -> None:
-            ray.get(placement_group([{"CPU": 1}]).ready())
-
-    with connect(load_config(story.config_path, [f"cluster.address={ray_cluster}"])):
-        trial: Any = ray.remote(num_cpus=0)(Trial).remote()
-        ray.get(trial.take.remote())
-        ray.kill(trial)
-        assert len(taken()) == 1  # Ray keeps it while the job lives
-        free_places()
+    def wait_until_none(**options: Any) -> None:
         deadline = time.monotonic() + 60
         while taken():
+            free_places(**options)
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+    with connect(load_config(story.config_path, [f"cluster.address={ray_cluster}"])):
+        controller = make_controller()
+        free_places(of_the_dead=True)
+        assert len(taken()) == 1  # of one that lives
+        ray.kill(controller)
+        time.sleep(1)
+        assert len(taken()) == 1  # Ray keeps it while the job lives
+        wait_until_none(of_the_dead=True)
+        controller = make_controller()
+        wait_until_none()
+        ray.kill(controller)
+
+
+def test_a_trial_whose_process_is_killed_does_not_keep_its_places(
+    tmp_path: Path, ray_cluster: str, story: Story, make_controller: Callable[[], Any]
+) -> None:
+    given = [
+        f"cluster.address={ray_cluster}",
+        f"storage.root={tmp_path / 'runs'}",
+        "tune.stopping=none",
+        "train.num_workers=2",
+    ]
+    config = load_config(story.config_path, given)
+    choice = {"schedule": "linear", "linear.beta_start": 1e-4, "linear.ratio": 200.0}
+    entries = [Entry("0001", 1, choice, (), "k")]
+    results: list[Result] = []
+    storage = LocalStorage(str(tmp_path / "runs"))
+
+    def killed_once(trial: dict[str, Any], common: dict[str, Any]) -> None:
+        controller = make_controller()
+        mark = Path(common["storage"]) / "killed"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        planted_trial(trial, common)
+        del controller
+
+    with connect(config):
+        run_trials(
+            config, storage, {}, Records(storage, "steps/tune/killed"),
+            lambda: entries.pop() if entries else None,
+            lambda entry, result: results.append(result),
+            count=1, at_a_time=1, rungs=[30], trainable=killed_once,
+        )  # fmt: skip
+    assert (tmp_path / "runs" / "killed").exists()
+    assert [result.outcome for result in results] == ["finished"]
 
 
 def test_a_planted_optimum_is_found_by_trials_of_ray_tune(

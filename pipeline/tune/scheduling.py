@@ -40,6 +40,7 @@ RAY_ENVIRONMENT = {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1", "RAY_AIR_NEW_OUTP
 # again: Ray Tune would end the next trial if it took longer.
 END_TIMEOUT_S = 300
 IDLE_TIMEOUT_S = 600  # without any trial that runs, while some are to
+FREE_EVERY_S = 5  # what workers held whose trial's process was killed
 OURS = (StorageError, ClusterError, BusyError)  # not of a trial: no verdict on it
 
 Source = Callable[[], Entry | None]
@@ -97,6 +98,7 @@ def run_trials(
     scratch = f"{records.directory.rpartition('/')[0]}/ray"
     keep_logs(storage, scratch)
     watcher = _make_watcher(records, source, on_end, on_rung, rungs[-1], at_a_time)
+    watcher.has_groups = config.train.max_workers > 1
     common = {"config": config.model_dump_json(), "storage": storage.uri, "rungs": list(rungs)}
     common["inputs"] = {name: dict(manifest) for name, manifest in inputs.items()}
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(at_a_time))
@@ -133,8 +135,9 @@ def run_trials(
     finally:
         with contextlib.suppress(RaydiffusionError):
             keep_logs(storage, scratch)
-        if config.train.max_workers > 1:
-            free_places()
+        if watcher.has_groups:
+            with contextlib.suppress(Exception):  # a cluster that is gone holds nothing
+                free_places()
     if watcher.errors:
         raise watcher.errors[0]
 
@@ -251,7 +254,8 @@ class _Watcher:
         self.started: dict[str, float] = {}
         self.errors: list[Exception] = []
         self.open: set[str] = set()  # trials that have begun and not ended
-        self.last_seen_running = time.monotonic()
+        self.last_seen_running = self.last_freed = time.monotonic()
+        self.has_groups = False  # trials have workers of Ray Train
 
     @property
     def is_full(self) -> bool:
@@ -282,11 +286,14 @@ class _Watcher:
         self.started.setdefault(name, time.monotonic())
 
     def look(self, states: Mapping[str, str]) -> None:
-        """Notices what Ray Tune does not tell: trials it gave up, and that none runs any more."""
+        """Notices what Ray Tune does not tell: what it gave up, and that nothing runs any more."""
         for name in self.open & states.keys():
             if states[name] in ("ERROR", "TERMINATED"):
                 self.open.discard(name)  # without a result: it is run again
         now = time.monotonic()
+        if self.has_groups and now - self.last_freed > FREE_EVERY_S:
+            free_places(of_the_dead=True)
+            self.last_freed = now
         if not self.open or "RUNNING" in states.values():
             self.last_seen_running = now
         elif now - self.last_seen_running > IDLE_TIMEOUT_S:
