@@ -9,7 +9,13 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
-from pipeline.errors import ERRORS, EvaluationError, RaydiffusionError, TrainingError
+from pipeline.errors import (
+    ERRORS,
+    ClusterError,
+    EvaluationError,
+    RaydiffusionError,
+    TrainingError,
+)
 from pipeline.object_storage import ObjectStorage
 from pipeline.settings import Config
 from pipeline.storage import Storage
@@ -29,6 +35,7 @@ def fit_workers(config: Config, storage: Storage, directory: str, settings: dict
 
     Raises:
         TrainingError: workers failed more often than `train.max_failures`.
+        ClusterError: the workers could not be started, several times over.
     """
     import ray.train
     from ray.train.torch import TorchConfig
@@ -103,7 +110,15 @@ def ray_storage(storage: Storage, directory: str) -> dict[str, Any]:
 
 
 def _explain(error: Exception) -> RaydiffusionError:
-    """The user's error inside a worker's failure if there is one, else a TrainingError."""
+    """The user's error inside a worker's failure if there is one, else what Ray Train met."""
+    from ray.train import ControllerError
+
+    if isinstance(error, ControllerError):  # no verdict on the training, which did not run
+        first = (str(error.controller_failure).strip().splitlines() or [repr(error)])[0]
+        return ClusterError(
+            f"Ray Train could not start its workers: {first} Checkpoints are kept; see that the "
+            "cluster has room for the workers and run the same command again."
+        )
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause = getattr(failure, "cause", failure)
@@ -145,28 +160,47 @@ def _is_preempted() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def free_places(*, of_the_dead: bool = False) -> None:
-    """Gives back what workers of stopped trials held, or the next training waits for it for ever.
+class Places:
+    """What workers of Ray Train hold in this job from now on, to be given back when they stop.
 
     Ray Tune ends a trial's process at the end of its search, and Ray keeps the placement group that
-    Ray Train made there until the whole job is over. Ray's public table of groups does not say
-    whose they are.
-
-    Args:
-        of_the_dead: only groups whose maker, Ray Train's controller, is dead; else all of this job.
+    Ray Train made there until the whole job is over: the next training would wait for it for ever.
+    Groups that are there already are somebody else's. Ray's public table does not say who made a
+    group.
     """
-    import ray
-    from ray._private.state import state
-    from ray.core.generated import gcs_pb2
-    from ray.util import remove_placement_group
-    from ray.util.placement_group import PlacementGroup
 
-    job = ray.get_runtime_context().get_job_id()
-    driver = ray.ActorID.nil().binary()  # the maker of what no actor made
-    accessor, kind = state._connect_and_get_accessor(), vars(gcs_pb2)["PlacementGroupTableData"]
-    for row in accessor.get_placement_group_table():
-        group = kind.FromString(row)
-        is_left = group.creator_actor_dead and group.creator_actor_id != driver
-        is_gone = group.state == kind.REMOVED
-        if group.creator_job_id.hex() == job and not is_gone and (is_left or not of_the_dead):
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    def __init__(self) -> None:
+        self._others = {group.placement_group_id for group in self._groups()}
+
+    def free(self, *, of_the_dead: bool = False) -> None:
+        """Removes the groups that actors of this job have made since.
+
+        Args:
+            of_the_dead: only those whose maker, Ray Train's controller, is dead.
+        """
+        import ray
+        from ray.util import remove_placement_group
+        from ray.util.placement_group import PlacementGroup
+
+        for group in self._groups():
+            key = group.placement_group_id
+            if key not in self._others and (group.creator_actor_dead or not of_the_dead):
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(key)))
+
+    def _groups(self) -> list[Any]:
+        """Those of this job that an actor made and that are not removed."""
+        import ray
+        from ray._private.state import state
+        from ray.core.generated import gcs_pb2
+
+        job = ray.get_runtime_context().get_job_id()
+        driver = ray.ActorID.nil().binary()  # the maker of what no actor made
+        kind = vars(gcs_pb2)["PlacementGroupTableData"]
+        rows = state._connect_and_get_accessor().get_placement_group_table()
+        return [
+            group
+            for group in map(kind.FromString, rows)
+            if group.creator_job_id.hex() == job
+            and group.creator_actor_id != driver
+            and group.state != kind.REMOVED
+        ]

@@ -20,7 +20,7 @@ import pytest
 from pipeline.cluster import connect
 from pipeline.config import load_config, override_config
 from pipeline.driver import make_plan
-from pipeline.ray_train import free_places
+from pipeline.ray_train import Places
 from pipeline.settings import SpaceConfig
 from pipeline.storage import LocalStorage
 from pipeline.tune.planted import planted_trial, score_of_choice
@@ -45,6 +45,9 @@ schedule = ["linear", "cosine"]
 beta_start = [1e-4, 1e-2]
 ratio = [2.0, 200.0]
 """
+
+
+DEADLINE_S = 60  # for what takes seconds
 
 
 class Story:
@@ -222,7 +225,7 @@ def test_one_cpu_and_more_trials_than_it_holds(story: Story, run_cli: Callable[.
 
 @pytest.mark.slow
 def test_trials_of_two_workers_train_through_ray_train_though_one_is_killed(
-    story: Story, run_cli: Callable[..., Any]
+    story: Story, ray_cluster: str, run_cli: Callable[..., Any]
 ) -> None:
     root, killed = story.directory / "two", []
 
@@ -230,11 +233,13 @@ def test_trials_of_two_workers_train_through_ray_train_though_one_is_killed(
         """Kills a trial's process, from outside, once it has trained for a while."""
         while not list(root.glob("steps/trial/*/checkpoints/*")):
             time.sleep(0.1)
-        own_network = Path("/proc/self/ns/net").readlink()
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                is_here = (path / "ns/net").readlink() == own_network
-                if is_here and (path / "cmdline").read_bytes().startswith(b"ray::ImplicitFunc"):
+                if not (path / "cmdline").read_bytes().startswith(b"ray::ImplicitFunc"):
+                    continue
+                variables = (path / "environ").read_bytes().split(b"\0")
+                (raylet,) = (v[15:] for v in variables if v.startswith(b"RAY_RAYLET_PID="))
+                if ray_cluster.encode() in Path(f"/proc/{raylet.decode()}/cmdline").read_bytes():
                     os.kill(int(path.name), signal.SIGKILL)
                     killed.append(path.name)
 
@@ -249,6 +254,7 @@ def test_trials_of_two_workers_train_through_ray_train_though_one_is_killed(
     metrics = json.loads(done.stdout)["metrics"]["tune"]
     assert metrics["counts"]["trials"] == 2
     assert metrics["counts"]["finished"] >= 1
+    assert "failed" not in metrics["counts"]
     assert metrics["cost"]["at_a_time"] == 1
     assert list(root.glob("steps/trial/*/verdicts/*")) == []
     assert list(root.glob("steps/trial/*/ray")) == []
@@ -279,26 +285,26 @@ def test_run_with_a_search_trains_what_it_recommends(
 
 
 @pytest.fixture
-def make_controller() -> Callable[[], Any]:
-    """Makes what holds the whole shared cluster, as Ray Train's controller does for workers."""
+def make_controller() -> Callable[[int], Any]:
+    """Makes what holds CPUs of the shared cluster, as Ray Train's controller does for workers."""
 
-    def make() -> Any:  # Ray takes it along by value
+    def make(num_cpus: int) -> Any:  # Ray takes it along by value
         import ray
         from ray.util import placement_group
 
         class Controller:
             def take(self) -> None:
-                ray.get(placement_group([{"CPU": 2}]).ready())
+                ray.get(placement_group([{"CPU": num_cpus}]).ready(), timeout=DEADLINE_S)
 
         controller: Any = ray.remote(num_cpus=0)(Controller).remote()
-        ray.get(controller.take.remote())
+        ray.get(controller.take.remote(), timeout=DEADLINE_S)
         return controller
 
     return make
 
 
 def test_what_the_workers_of_an_ended_trial_held_is_given_back(
-    ray_cluster: str, story: Story, make_controller: Callable[[], Any]
+    ray_cluster: str, story: Story, make_controller: Callable[[int], Any]
 ) -> None:
     import ray
     from ray.util import placement_group_table
@@ -311,28 +317,27 @@ def test_what_the_workers_of_an_ended_trial_held_is_given_back(
             if key.endswith(job) and facts["state"] != "REMOVED"
         ]
 
-    def wait_until_none(**options: Any) -> None:
-        deadline = time.monotonic() + 60
-        while taken():
-            free_places(**options)
+    def free_until(count: int, places: Places, **options: Any) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while len(taken()) != count:
+            places.free(**options)
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
     with connect(load_config(story.config_path, [f"cluster.address={ray_cluster}"])):
-        controller = make_controller()
-        free_places(of_the_dead=True)
-        assert len(taken()) == 1  # of one that lives
-        ray.kill(controller)
-        time.sleep(1)
-        assert len(taken()) == 1  # Ray keeps it while the job lives
-        wait_until_none(of_the_dead=True)
-        controller = make_controller()
-        wait_until_none()
-        ray.kill(controller)
+        places, one = Places(), make_controller(1)
+        ray.kill(one)
+        later, two = Places(), make_controller(1)
+        assert len(taken()) == 2  # Ray keeps that of the dead one while the job lives
+        later.free(of_the_dead=True)
+        assert len(taken()) == 2  # one was there before, the other's maker lives
+        free_until(1, places, of_the_dead=True)
+        free_until(0, later)
+        ray.kill(two)
 
 
 def test_a_trial_whose_process_is_killed_does_not_keep_its_places(
-    tmp_path: Path, ray_cluster: str, story: Story, make_controller: Callable[[], Any]
+    tmp_path: Path, ray_cluster: str, story: Story, make_controller: Callable[[int], Any]
 ) -> None:
     given = [
         f"cluster.address={ray_cluster}",
@@ -347,7 +352,7 @@ def test_a_trial_whose_process_is_killed_does_not_keep_its_places(
     storage = LocalStorage(str(tmp_path / "runs"))
 
     def killed_once(trial: dict[str, Any], common: dict[str, Any]) -> None:
-        controller = make_controller()
+        controller = make_controller(2)  # all that there are
         mark = Path(common["storage"]) / "killed"
         if not mark.exists():
             mark.touch()

@@ -24,7 +24,7 @@ from pipeline.errors import (
     RaydiffusionError,
     StorageError,
 )
-from pipeline.ray_train import free_places, ray_storage
+from pipeline.ray_train import Places, ray_storage
 from pipeline.settings import Config
 from pipeline.storage import Storage, open_storage
 from pipeline.tune.records import Entry, Records, Result, Rung
@@ -98,7 +98,8 @@ def run_trials(
     scratch = f"{records.directory.rpartition('/')[0]}/ray"
     keep_logs(storage, scratch)
     watcher = _make_watcher(records, source, on_end, on_rung, rungs[-1], at_a_time)
-    watcher.has_groups = config.train.max_workers > 1
+    if config.train.max_workers > 1:
+        watcher.places = Places()
     common = {"config": config.model_dump_json(), "storage": storage.uri, "rungs": list(rungs)}
     common["inputs"] = {name: dict(manifest) for name, manifest in inputs.items()}
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(at_a_time))
@@ -135,9 +136,9 @@ def run_trials(
     finally:
         with contextlib.suppress(RaydiffusionError):
             keep_logs(storage, scratch)
-        if watcher.has_groups:
+        if watcher.places is not None:
             with contextlib.suppress(Exception):  # a cluster that is gone holds nothing
-                free_places()
+                watcher.places.free()
     if watcher.errors:
         raise watcher.errors[0]
 
@@ -255,7 +256,7 @@ class _Watcher:
         self.errors: list[Exception] = []
         self.open: set[str] = set()  # trials that have begun and not ended
         self.last_seen_running = self.last_freed = time.monotonic()
-        self.has_groups = False  # trials have workers of Ray Train
+        self.places: Places | None = None  # of trials that have workers of Ray Train
 
     @property
     def is_full(self) -> bool:
@@ -291,9 +292,12 @@ class _Watcher:
             if states[name] in ("ERROR", "TERMINATED"):
                 self.open.discard(name)  # without a result: it is run again
         now = time.monotonic()
-        if self.has_groups and now - self.last_freed > FREE_EVERY_S:
-            free_places(of_the_dead=True)
+        if self.places is not None and now - self.last_freed > FREE_EVERY_S:
             self.last_freed = now
+            try:
+                self.places.free(of_the_dead=True)
+            except Exception as error:  # a head that is busy; Ray's own table, which may change
+                logger.warning("places of ended trials could not be looked for: %s", error)
         if not self.open or "RUNNING" in states.values():
             self.last_seen_running = now
         elif now - self.last_seen_running > IDLE_TIMEOUT_S:
