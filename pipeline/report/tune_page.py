@@ -65,7 +65,7 @@ def make_page(document: Mapping[str, Any], config: Config, storage: Storage) -> 
         parameters=score_by_parameter(scored, document["metric"]),
         parallel=parallel_coordinates(scored, document["metric"]),
         curves=learning_curves(scored, document["rungs"], document["metric"]),
-        grids=_draw_grids(ranked, by_number[document["verdict"]["lowest"]], document, storage),
+        grids=_draw_grids(scored, by_number[document["verdict"]["lowest"]], document, storage),
         command=training_command(document["overrides"]),
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
@@ -105,15 +105,16 @@ def _schedule(config: Config, overrides: list[str]) -> NoiseSchedule:
 
 
 def _draw_grids(
-    ranked: list[dict[str, Any]],
+    scored: list[dict[str, Any]],
     lowest: dict[str, Any],
     document: Mapping[str, Any],
     storage: Storage,
 ) -> list[tuple[str, str]]:
     """Samples of the best over seeds, the default and the worst, from the same noise."""
     chosen = [("lowest mean over seeds", lowest)]
-    chosen += [("as configured", trial) for trial in ranked if trial["number"] == 0]
-    chosen += [("highest score of the search", ranked[-1])]
+    chosen += [("as configured", trial) for trial in scored if trial["number"] == 0]
+    worst = max(scored, key=lambda trial: trial["rungs"][-1]["value"])
+    chosen += [("highest score of the search", worst)]
     drawn, seen = [], set()
     for label, trial in chosen:
         if trial["number"] in seen or not trial["rungs"]:
@@ -123,6 +124,10 @@ def _draw_grids(
         content = TrialStore(storage, f"steps/trial/{trial['key']}").read_samples(last["step"])
         if content is not None:
             items: np.ndarray = safetensors.numpy.load(content)["items"]
-            caption = f"{label}: trial {trial['name']}, {document['metric']} {last['value']:.4g}"
+            stopped = f", stopped at {last['images_seen']:,} images"
+            caption = (
+                f"{label}: trial {trial['name']}, {document['metric']} {last['value']:.4g}"
+                f"{stopped if trial['outcome'] == 'stopped' else ''}"
+            )
             drawn.append((caption, draw_uri(items, COLUMNS, TILE_PX)))
     return drawn
