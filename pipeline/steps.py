@@ -242,7 +242,7 @@ def _tune_step(config: Config) -> Step:
     settings |= {f"evaluate.{name}": scoring[f"evaluate.{name}"] for name in OF_TRIALS[metric]}
     return Step(
         name="tune",
-        version=2,
+        version=3,
         function="pipeline.tune.experiment:tune",
         settings=settings,
         inputs=("preprocess", "features", "reference"),

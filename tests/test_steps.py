@@ -39,7 +39,7 @@ def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
         "features": 2,
         "reference": 3,
         "train": 3,
-        "tune": 2,
+        "tune": 3,
         "evaluate": 5,
         "promote": 3,
         "report": 1,

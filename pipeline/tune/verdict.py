@@ -17,7 +17,8 @@ RULE = (
     "only if, against every other finalist, the whole of Welch's interval of the difference of "
     "means lies on its side (95% over all comparisons together, after Bonferroni). Otherwise those "
     "that cannot be told from it are not distinguishable, and the config as it is is recommended "
-    "if it is one of them. Who failed with one of its seeds cannot be told from any."
+    "if it is one of them. Who failed with one of its seeds cannot be told from any, and what is "
+    "recommended is found among the others as if it were not there, unless there are none."
 )
 
 
@@ -66,7 +67,8 @@ def judge(
     Args:
         scores: by finalist; one with a single score cannot be told from any.
         default: the config as it is.
-        unsure: who failed with some of its seeds: what is left flatters it.
+        unsure: who failed with some of its seeds: what is left flatters it, so that it is neither
+            best nor, if there are others, recommended.
 
     Raises:
         ValueError: there is no finalist.
@@ -85,7 +87,11 @@ def judge(
         return Verdict("unopposed", lowest, lowest, tied, intervals)
     if len(tied) == 1:
         return Verdict("best", lowest, lowest, tied, intervals)
-    recommended = default if default in tied else lowest
+    sure = {number: values for number, values in scores.items() if number not in unsure}
+    if 0 < len(sure) < len(scores):
+        recommended = judge(sure, default).recommended
+    else:  # where all failed with a seed, nothing speaks for another than the config as it is
+        recommended = default if default in tied else lowest
     return Verdict("not distinguishable", recommended, lowest, tied, intervals)
 
 

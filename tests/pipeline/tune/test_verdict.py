@@ -87,6 +87,27 @@ def test_who_failed_with_a_seed_is_not_called_best() -> None:
     assert judge(scores, unsure=[0]).kind == "not distinguishable"
 
 
+@pytest.mark.parametrize(
+    ("scores", "unsure", "recommended"),
+    [
+        ({0: [9.0, 9.1], 4: [5.0, 5.1, 4.9], 7: [5.05, 5.1, 4.95]}, [0], 4),
+        ({4: [5.0, 5.1], 7: [5.2, 5.3, 5.25]}, [4], 7),
+        ({0: [5.0, 5.1], 4: [5.2, 5.3, 5.1], 7: [5.1, 5.2, 5.0]}, [0], 7),
+        ({0: [5.4, 5.1, 5.2], 4: [5.0, 5.1], 7: [5.2, 5.3, 5.1]}, [4], 0),  # tied with the sure one
+        ({0: [9.0, 9.1, 9.2], 4: [5.0, 5.1], 7: [5.2, 5.3, 5.25]}, [4], 7),  # which beats it
+        ({0: [9.0, 9.1], 4: [5.0, 5.1]}, [0, 4], 0),
+        ({4: [5.0, 5.1], 7: [5.2, 5.3]}, [4, 7], 4),
+    ],
+)
+def test_who_failed_with_a_seed_is_recommended_only_where_all_did(
+    scores: dict[int, list[float]], unsure: list[int], recommended: int
+) -> None:
+    verdict = judge(scores, unsure=unsure)
+    assert verdict.kind == "not distinguishable"
+    assert set(unsure) <= set(verdict.tied)
+    assert verdict.recommended == recommended
+
+
 def test_many_comparisons_ask_for_more() -> None:
     two = {0: [5.7, 6.0, 5.85], 1: [5.0, 5.3, 5.2]}
     assert judge(two).kind == "best"
