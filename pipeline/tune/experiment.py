@@ -99,17 +99,23 @@ class _Experiment:
                     self.proposer.know(proposal, result.value, result.by_images)
         done = {name: result for name, result in results.items() if result is not None}
         total = self.config.tune.num_trials
-        numbers = [n for n in range(total) if _name(n) not in known]
-        # Before Ray Tune starts, so that a space without anything feasible is said at once.
-        ahead = [entry for n in numbers[:2] if (entry := self._propose(n)) is not None]
-        waiting += ahead
-        later = iter(numbers[2:] if len(ahead) == len(numbers[:2]) else [])
+        later = [n for n in range(total) if _name(n) not in known]
+
+        def propose() -> Entry | None:
+            if (entry := self._propose(later.pop(0))) is None:
+                later.clear()
+            return entry
+
+        # Before Ray Tune starts, so that a space without anything feasible is said at once, and
+        # none starts for a space without anything new.
+        for _ in later[:2]:
+            if later and (entry := propose()) is not None:
+                waiting.append(entry)
 
         def source() -> Entry | None:
             if waiting:
                 return waiting.pop(0)
-            number = next(later, None)
-            return None if number is None else self._propose(number)
+            return propose() if later else None
 
         def on_end(entry: Entry, result: Result) -> None:
             done[entry.name] = result
@@ -120,7 +126,7 @@ class _Experiment:
         if done:
             self.context.note(f"{len(done):,} of {total:,} trials are there already")
         self.context.progress(len(done), total, "trials")
-        self._run(source, on_end, total - len(done), rung_steps(self.config), done)
+        self._run(source, on_end, len(waiting) + len(later), rung_steps(self.config), done)
         if not any(result.outcome == "finished" for result in done.values()):
             reasons = Counter(
                 result.reason.splitlines()[-1] for result in done.values() if result.reason
@@ -245,15 +251,22 @@ class _Experiment:
         rungs: Sequence[int],
         replayed: dict[str, Result],
     ) -> None:
-        """Runs what a source gives, and again what Ray lost on the way."""
+        """Runs what a source gives, and again what Ray lost of it on the way."""
         attempts = 0
+        given: list[Entry] = []
+
+        def give() -> Entry | None:
+            if (entry := source()) is not None:
+                given.append(entry)
+            return entry
+
         while count > 0:
             run_trials(
                 self.config,
                 self.context.storage,
                 self.context.inputs,
                 self.records,
-                source,
+                give,
                 on_end,
                 count=count,
                 at_a_time=self.at_a_time,
@@ -261,13 +274,13 @@ class _Experiment:
                 replayed=replayed,
             )
             results, attempts = self.records.results(), attempts + 1
-            lost = [entry for entry in self.records.entries() if entry.name not in results]
+            lost = [entry for entry in given if entry.name not in results]
             if lost and attempts == ATTEMPTS:
                 raise ClusterError(
                     f"Ray lost {len(lost)} trials {ATTEMPTS} times without a word, the first "
                     f"{lost[0].name}. Look at its logs, and run the same command again."
                 )
-            count, source = len(lost), partial(_next_of, lost)
+            count, source, given = len(lost), partial(_next_of, lost), []
 
     def _propose(self, number: int) -> Entry | None:
         if number == 0:

@@ -1,0 +1,109 @@
+"""A search as a whole, killed and continued; what stands for Ray Tune runs one trial at a time."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.storage import LocalStorage
+from pipeline.tune import experiment
+from pipeline.tune.experiment import _Experiment
+from pipeline.tune.records import Entry, Records, Result, Rung
+from pipeline.tune.scheduling import OnEnd, Source
+
+DIRECTORY = "steps/tune/e"
+INPUTS = {name: {"key": name, "metrics": {}} for name in ("preprocess", "features", "reference")}
+FINITE = ["tune.space.schedule=[]", 'tune.space.weighting=["uniform", "min_snr"]']
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the project catches it."""
+
+
+class OneByOne:
+    """Stands for Ray Tune: a trial ends before the next is asked for."""
+
+    def __init__(
+        self, kill_at: str | None = None, scores: Callable[[Entry], float] = lambda entry: 1.0
+    ) -> None:
+        self.kill_at, self.scores = kill_at, scores
+        self.calls: list[tuple[int, list[int]]] = []  # trials at most, and rungs
+        self.ran: list[tuple[str, int]] = []  # names, and of which call
+        self.lose: set[str] = set()  # names of trials that are lost without a word, once
+
+    def __call__(
+        self, config: Any, storage: Any, inputs: Any, records: Records, source: Source,
+        on_end: OnEnd, *, count: int, at_a_time: int, rungs: Sequence[int], replayed: Any,
+    ) -> None:  # fmt: skip
+        self.calls.append((count, list(rungs)))
+        for _ in range(count):
+            if (entry := source()) is None:
+                return
+            records.add(entry)
+            if entry.name == self.kill_at:
+                raise Killed
+            self.ran.append((entry.name, len(self.calls)))
+            if entry.name in self.lose:
+                self.lose.remove(entry.name)
+                continue
+            scored = [Rung(step, 32 * step, self.scores(entry), 0.0, 0.0) for step in rungs]
+            records.end(entry, result := Result("finished", scored, 1.0))
+            on_end(entry, result)
+
+
+@pytest.fixture
+def search(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Runs a search, or what is left of it, and returns its document and its notes."""
+
+    def run(runner: OneByOne, *overrides: str) -> tuple[dict[str, Any], list[str]]:
+        given = ["tune.metric=bits_per_dim", "tune.num_seeds=2", "tune.train_steps=90"]
+        notes: list[str] = []
+        context: Any = SimpleNamespace(
+            config=load_config(tiny_config, [*given, *overrides]),
+            storage=LocalStorage(str(tmp_path)), inputs=INPUTS, directory=DIRECTORY,
+            note=notes.append, progress=lambda *arguments: None,
+        )  # fmt: skip
+        monkeypatch.setattr(experiment, "run_trials", runner)
+        found = _Experiment(context, 1)
+        found.search()
+        finalists = found.find_finalists()
+        found.train_again(finalists)
+        return found.describe(finalists), notes
+
+    return run
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    """Of that search."""
+    return Records(LocalStorage(str(tmp_path)), DIRECTORY)
+
+
+def test_a_finalist_that_was_killed_is_continued_as_one(search: Callable[..., Any]) -> None:
+    with pytest.raises(Killed):
+        search(OneByOne(kill_at="0001-seed1"), *FINITE, "tune.num_trials=6")
+    again = OneByOne()
+    document, _ = search(again, *FINITE, "tune.num_trials=6")
+    assert [name for name, _ in again.ran] == ["0001-seed1", "0001-seed2"]
+    assert again.calls == [(2, [90])]  # without the search's rungs; the search is over
+    assert {f["number"]: len(f["scores"]) for f in document["finalists"]} == {0: 2, 1: 2}
+    once_more = OneByOne()
+    assert search(once_more, *FINITE, "tune.num_trials=6")[0] == document
+    assert once_more.calls == []  # Ray Tune is not started for nothing
+
+
+@pytest.mark.parametrize("name", ["0001", "0001-seed2"])
+def test_what_ray_lost_is_run_again_in_its_phase(search: Callable[..., Any], name: str) -> None:
+    runner = OneByOne()
+    runner.lose = {name}
+    document, _ = search(runner, "tune.num_trials=3", "tune.num_finalists=1")
+    first, second = (call for found, call in runner.ran if found == name)
+    assert second == first + 1
+    assert runner.calls[first] == (1, runner.calls[first - 1][1])
+    assert document["counts"] == {"trials": 3, "finished": 3}
+    assert [len(f["scores"]) for f in document["finalists"]] == [2, 2]
