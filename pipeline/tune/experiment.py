@@ -100,6 +100,9 @@ class _Experiment:
         done = {name: result for name, result in results.items() if result is not None}
         total = self.config.tune.num_trials
         later = [n for n in range(total) if _name(n) not in known]
+        if exhausted := self.records.exhaustion():
+            later.clear()
+            self._note_exhaustion(exhausted)
 
         def propose() -> Entry | None:
             if (entry := self._propose(later.pop(0))) is None:
@@ -208,7 +211,8 @@ class _Experiment:
                 "tries them anew."
             )
         verdict = judge(scores, unsure=[number for number, count in failed.items() if count])
-        refused = Counter[str]()
+        exhausted = self.records.exhaustion()
+        refused = Counter[str](exhausted["refused"] if exhausted else {})
         for entry in entries:
             refused.update(entry.refused)
         outcomes = Counter(results[e.name].outcome for e in entries if not e.is_seeded)
@@ -233,6 +237,7 @@ class _Experiment:
             "rungs": rung_steps(self.config),
             "full_steps": self.config.train.num_steps,
             "refused": dict(refused.most_common()),
+            "exhausted": exhausted,
             "counts": {"trials": sum(outcomes.values()), **outcomes},
             "cost": {
                 "images": sum(r.rungs[-1].images_seen for r in results.values() if r.rungs),
@@ -288,11 +293,20 @@ class _Experiment:
         else:
             proposal = self.proposer.ask(number)
         if proposal is None:
-            self.context.note(f"the space holds nothing new after {number} trials")
+            found = self.records.keep_exhaustion(
+                number, self.config.tune.num_trials, self.proposer.exhausted_by
+            )
+            self._note_exhaustion(found)
             return None
         key = self._key(proposal.overrides)
         return Entry(
             _name(number), number, proposal.choice, proposal.overrides, key, proposal.refused
+        )
+
+    def _note_exhaustion(self, found: Mapping[str, Any]) -> None:
+        self.context.note(
+            f"the space holds nothing new after {found['num_trials']} of {found['asked_for']} "
+            f"trials: {sum(found['refused'].values())} draws in a row were refused"
         )
 
     def _seeded(self, finalist: Entry, name: str, k: int) -> Entry:

@@ -75,9 +75,10 @@ class Proposer:
         self._asked: dict[int, optuna.Trial] = {}
         self._seen: set[Hashable] = {identify(())}  # the config as it is
         self._num_found = 0
+        self.exhausted_by: Mapping[str, int] = {}  # draws refused in vain, counted by reason
 
     def ask(self, number: int) -> Proposal | None:
-        """The next proposal; None where nothing new is left.
+        """The next proposal; None where nothing new is left, and `exhausted_by` says why.
 
         Raises:
             ConfigError: nothing that was drawn is feasible.
@@ -99,6 +100,7 @@ class Proposer:
             self._study.tell(trial, state=TrialState.FAIL)
             refused[reason] += 1
         if self._num_found:
+            self.exhausted_by = dict(refused)
             return None
         reasons = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common())
         raise ConfigError(

@@ -8,6 +8,7 @@
     steps/trial/<trial>/manifest.json                     once it was trained to its end
 
     steps/tune/<experiment>/protocol.json                 of all its scores, before the first trial
+    steps/tune/<experiment>/exhausted.json                once its space held nothing new
 
 All are created once. A trial is keyed by its resolved config, its data and the protocol of its
 score, so that another experiment which comes by the same trial finds it. Checkpoints are deleted
@@ -119,12 +120,31 @@ class Records:
     def __init__(self, storage: Storage, directory: str) -> None:
         self.storage, self.directory = storage, f"{directory}/trials"
         self._protocol = f"{directory}/protocol.json"
+        self._exhaustion = f"{directory}/exhausted.json"
         self._ended: dict[str, Entry] = {}  # whose checkpoints may still be there
 
     def keep_protocol(self, protocol: Mapping[str, Any]) -> Mapping[str, Any]:
         """Keeps the protocol of the scores; returns that of the first attempt."""
         self.storage.create(self._protocol, json.dumps(protocol).encode())
         return self._read(self._protocol) or protocol
+
+    def keep_exhaustion(
+        self, num_trials: int, asked_for: int, refused: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Keeps that the space held nothing new; returns what `exhaustion` will.
+
+        Args:
+            num_trials: that there are, the config as it is counted.
+            asked_for: trials.
+            refused: what was drawn in vain, counted by reason.
+        """
+        found = {"num_trials": num_trials, "asked_for": asked_for, "refused": refused}
+        self.storage.create(self._exhaustion, json.dumps(found).encode())
+        return found
+
+    def exhaustion(self) -> dict[str, Any] | None:
+        """What was kept by `keep_exhaustion`; None where the space may hold more."""
+        return self._read(self._exhaustion)
 
     def add(self, entry: Entry) -> None:
         """Keeps a proposal, before its trial starts."""

@@ -11,6 +11,7 @@ from pipeline.config import load_config
 from pipeline.storage import LocalStorage
 from pipeline.tune import experiment
 from pipeline.tune.experiment import _Experiment
+from pipeline.tune.proposer import MAX_REFUSALS
 from pipeline.tune.records import Entry, Records, Result, Rung
 from pipeline.tune.scheduling import OnEnd, Source
 
@@ -107,3 +108,39 @@ def test_what_ray_lost_is_run_again_in_its_phase(search: Callable[..., Any], nam
     assert runner.calls[first] == (1, runner.calls[first - 1][1])
     assert document["counts"] == {"trials": 3, "finished": 3}
     assert [len(f["scores"]) for f in document["finalists"]] == [2, 2]
+
+
+def test_a_space_that_is_gone_through_is_said_with_what_was_refused(
+    search: Callable[..., Any], records: Records
+) -> None:
+    with pytest.raises(Killed):
+        search(OneByOne(kill_at="0001"), *FINITE, "tune.num_trials=6")
+    assert records.exhaustion() is None
+    with pytest.raises(Killed):
+        search(OneByOne(kill_at="0000-seed1"), *FINITE, "tune.num_trials=6")
+    document, notes = search(OneByOne(), *FINITE, "tune.num_trials=6")
+    assert document["exhausted"] == records.exhaustion()
+    found = document["exhausted"]
+    assert (found["num_trials"], found["asked_for"]) == (2, 6)
+    assert found["refused"] == {"the config as it is, or proposed before": MAX_REFUSALS}
+    before = sum(sum(trial["refused"].values()) for trial in document["trials"])
+    assert document["refused"] == {
+        "the config as it is, or proposed before": before + MAX_REFUSALS
+    }
+    assert [note for note in notes if "nothing new" in note] == [
+        "the space holds nothing new after 2 of 6 trials: 200 draws in a row were refused"
+    ]
+
+
+def test_a_space_with_enough_in_it_is_not_called_exhausted(search: Callable[..., Any]) -> None:
+    document, notes = search(OneByOne(), "tune.num_trials=3")
+    assert document["exhausted"] is None
+    assert not [note for note in notes if "nothing new" in note]
+
+
+def test_what_is_known_to_be_exhausted_is_not_drawn_from_again(
+    search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, _ = search(OneByOne(), *FINITE, "tune.num_trials=6")
+    monkeypatch.setattr(experiment.Proposer, "ask", None)
+    assert search(OneByOne(), *FINITE, "tune.num_trials=6")[0] == document
