@@ -234,11 +234,11 @@ def documents(root: Path) -> Iterator[tuple[str, Any]]:
 
 
 def registry_of(root: Path) -> dict[str, Any]:
-    """All records of a registry, but for who wrote them when."""
+    """All records of a registry, but for who wrote them when, and what belongs to leases."""
     return {
         name: {key: value for key, value in document.items() if key not in OF_THE_MOMENT}
         for name, document in documents(root)
-        if name.startswith("models/") and "lease-" not in name
+        if name.startswith("models/") and "lease-" not in name and "/retrain/" not in name
     }
 
 
