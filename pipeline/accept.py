@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.comparable import check_champion
 from pipeline.config import parse_config
 from pipeline.cycles import hold_cycle
+from pipeline.driver import Basis
 from pipeline.errors import BusyError, ConfigError
 from pipeline.holding import hashes_of, latest_findings, released
 from pipeline.identities import OnHash
@@ -123,7 +124,7 @@ def _score(
         registry,
         config.model_copy(update={"data": data}),
         champion,
-        given={},
+        basis=Basis({}),
         observer=observer,
         reason=reason,
         on_hash=on_hash,

@@ -6,7 +6,7 @@ network was trained on images that the reference tests with. Splits are by a has
 that the fractions alone tell which images of one data set may be in which split of another.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.driver import Basis, bring_about
@@ -15,7 +15,7 @@ from pipeline.lineage import ancestors
 from pipeline.pinning import find_score, pinned_manifests, pinned_protocol, read_step
 from pipeline.registry import Registry
 from pipeline.settings import Config
-from pipeline.sources import list_inputs
+from pipeline.sources import InputShard
 from pipeline.steps import Start, make_steps
 from pipeline.storage import Storage
 from pipeline.units import read_units
@@ -134,14 +134,19 @@ def expected_protocol(
 
 
 def check_classes(
-    storage: Storage, config: Config, new: Iterable[str], basis: Basis, *, observer: Observer
+    storage: Storage,
+    config: Config,
+    new: Sequence[InputShard],
+    basis: Basis,
+    *,
+    observer: Observer,
 ) -> None:
     """Preprocesses, and refuses classes that the network to begin with, or the judge, has not.
 
     Args:
         storage: the root.
         config: of the cycle.
-        new: the names of its new shards.
+        new: its new shards.
         basis: of the cycle.
         observer: told what happens.
 
@@ -154,8 +159,7 @@ def check_classes(
     from pipeline.label_mix import compare_classes  # torch: not where nothing is new
 
     data = bring_about(config, ("preprocess",), basis=basis, observer=observer)["preprocess"]
-    shards = [s for s in list_inputs(config.data, storage).shards if s.name in set(new)]
-    units = zip(shards, read_units(storage, shards, config.data), strict=True)
+    units = zip(new, read_units(storage, new, config.data), strict=True)
     compare_classes(
         storage,
         data,

@@ -17,7 +17,7 @@ from pipeline.publish import publish_report, publish_search
 from pipeline.registry import Registry
 from pipeline.runs import RunRecord, last_identities, record_needs, run_id
 from pipeline.settings import Config
-from pipeline.sources import list_inputs
+from pipeline.sources import Inputs, list_inputs
 from pipeline.steps import STEP_NAMES, Start, make_steps
 from pipeline.storage import Storage, open_storage
 from pipeline.subject_kinds import GivenModel, Subject
@@ -82,11 +82,13 @@ class Basis:
         pinned: manifests by step name whose results are taken in place of the step's own.
         start: what training begins from; random weights if not given.
         evaluation: the number of the pinned one.
+        inputs: the input that the work keeps to; it is listed anew if not given.
     """
 
     pinned: Mapping[str, Mapping[str, Any]]
     start: Start | None = None
     evaluation: int = 0
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,19 @@ def make_plan(
         StorageError: the root cannot be read.
     """
     storage = open_storage(config.storage.root)
-    inputs = list_inputs(config.data, storage, read_remote=read_remote, on_hash=on_hash)
+    basis = basis or Basis({}, evaluation=len(Registry(storage, config.name).evaluations()))
+    inputs = basis.inputs or list_inputs(
+        config.data, storage, read_remote=read_remote, on_hash=on_hash
+    )
     extractor = identify_extractor(
         config.features, storage, read_remote=read_remote, on_hash=on_hash
     )
     last = last_identities(storage, config.name)
-    basis = basis or Basis({}, evaluation=len(Registry(storage, config.name).evaluations()))
-    given: dict[str, Any] = {"start": basis.start, "evaluation": basis.evaluation}
+    given: dict[str, Any] = {
+        "start": basis.start,
+        "evaluation": basis.evaluation,
+        "listed": basis.inputs,
+    }
     steps = make_steps(config, inputs.shards, extractor, subject, **given)
     planned = plan(steps, storage, last, basis.pinned)
     run, search = run_id(config, planned), None

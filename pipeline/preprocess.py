@@ -46,7 +46,7 @@ def preprocess(context: StepContext) -> dict[str, Any]:
         ClusterError: Ray lost the work.
     """
     data, storage = context.config.data, context.storage
-    inputs = list_inputs(data, storage)
+    inputs = context.planned.step.given or list_inputs(data, storage)
     shards = inputs.shards
     planned = context.planned.step.settings["shards"]
     if {shard.name: shard.sha256 for shard in shards} != planned:

@@ -6,6 +6,7 @@ scores it first. The score is kept with the version; killed before, the same cal
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.comparable import check_champion, expected_protocol
@@ -61,7 +62,7 @@ def score_champion(registry: Registry, config: Config, basis: Basis, *, observer
         registry,
         config,
         champion,
-        given={**basis.pinned, "preprocess": own},
+        basis=replace(basis, pinned={**basis.pinned, "preprocess": own}),
         subject=Rescored(tuple((n, expected[n]) for n in OF_THE_PROGRAM if n in expected)),
         observer=observer,
         reason=f"the champion had no score under evaluation {basis.evaluation}",
@@ -73,7 +74,7 @@ def score_version(
     config: Config,
     version: Mapping[str, Any],
     *,
-    given: Mapping[str, Mapping[str, Any]],
+    basis: Basis,
     observer: Observer,
     reason: str,
     subject: Rescored | None = None,
@@ -85,7 +86,7 @@ def score_version(
         registry: of the model.
         config: how it is scored; what belongs to its weights is its own.
         version: its record.
-        given: manifests by step name whose results are taken in place of the config's.
+        basis: whose pinned results are taken in place of the config's.
         observer: told what happens.
         reason: for those who read it later.
         subject: where a score of the same key may be there under another protocol.
@@ -99,7 +100,7 @@ def score_version(
     sections["tune"] = config.tune.model_copy(update={"enabled": False})
     scoring = config.model_copy(update=sections)
     train = read_step(registry.storage, "train", version["lineage"]["train"])
-    basis = Basis({**given, "train": train})
+    basis = replace(basis, pinned={**basis.pinned, "train": train})
     manifests = bring_about(
         scoring, ("evaluate",), subject=subject, basis=basis, observer=observer, on_hash=on_hash
     )

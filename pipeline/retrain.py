@@ -2,15 +2,17 @@
 
 A cycle is idempotent. It is recorded when it begins (`cycles.py`): what there was then, and the
 champion that it starts from, so that a killed one goes on in the same way whatever happened since;
-the record of its end is made last. Its steps are those of the workflow, but that the results of
-`features` and `reference` are the ones that the model pins, and that `train` may begin with the
-champion's weights. Shards that are unlike the pinned reference are held and left out
-(`screening.py`).
+the record of its end is made last. It keeps to the input that it began with: what arrives or
+changes later was not tested, and belongs to the next cycle.
+
+Its steps are those of the workflow, but that the results of `features` and `reference` are the ones
+that the model pins, and that `train` may begin with the champion's weights. Shards that are unlike
+the pinned reference are held and left out (`screening.py`).
 """
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.cluster import connect
@@ -27,7 +29,7 @@ from pipeline.registry import Registry
 from pipeline.rescore import score_champion
 from pipeline.screening import screen
 from pipeline.settings import Config
-from pipeline.sources import InputShard, leave_out, list_inputs
+from pipeline.sources import Inputs, InputShard, keep_to, leave_out, list_inputs, loose_files
 from pipeline.steps import Start, make_steps
 from pipeline.storage import open_storage
 from pipeline.workflow import Event, Observer, hash_json
@@ -107,25 +109,31 @@ def retrain(
         with failure_is_told(config, observer):
             storage = open_storage(config.storage.root)
             registry = Registry(storage, config.name)
-            shards = list_inputs(config.data, storage, on_hash=on_hash).shards
+            inputs = list_inputs(config.data, storage, on_hash=on_hash)
             stack.enter_context(hold_cycle(registry))
             for which in accept_held:
                 release_shard(registry, which, reason)
-            cycle = _find_cycle(registry, config, shards)
-        if isinstance(cycle, Cycle):
-            return cycle
-        return _go_through(registry, config, shards, cycle, observer, on_plan, target)
+            found = _find_cycle(registry, config, inputs)
+        if isinstance(found, Cycle):
+            return found
+        cycle, inputs = found
+        return _go_through(registry, config, inputs, cycle, observer, on_plan, target)
 
 
 def _find_cycle(
-    registry: Registry, config: Config, shards: Sequence[InputShard]
-) -> dict[str, Any] | Cycle:
-    """The record of the cycle to go through, begun before or now; or that nothing is new."""
-    number = len(registry.evaluations())
-    key = cycle_key(config, shards, released(registry), number)
+    registry: Registry, config: Config, inputs: Inputs
+) -> tuple[dict[str, Any], Inputs] | Cycle:
+    """The record of the cycle to go through, begun before or now, and its input; or nothing new."""
+    taken, number = released(registry), len(registry.evaluations())
     last = last_cycle(registry)
-    if last is not None and last["key"] == key:
-        return last if last["outcome"] is None else _nothing_new(registry, last["outcome"])
+    if last is not None and last["outcome"] is None:
+        own = keep_to(inputs, last["shards"], last.get("files", {}))
+        if own is not None and cycle_key(config, own.shards, taken, number) == last["key"]:
+            return last, own
+    shards = inputs.shards
+    key = cycle_key(config, shards, taken, number)
+    if last is not None and last["outcome"] is not None and last["key"] == key:
+        return _nothing_new(registry, last["outcome"])
     champion = registry.champion()
     known = (
         set[str]()
@@ -140,17 +148,19 @@ def _find_cycle(
     if evaluation is not None:
         check_comparable(registry, config, champion, evaluation)
         start = None if champion is None else start_from(config, champion)
-    return begin_cycle(
+    cycle = begin_cycle(
         registry,
         {
             "key": key,
             "shards": {shard.name: shard.sha256 for shard in shards},
+            "files": loose_files(shards),
             "new": new,
             "champion": champion and champion["number"],
             "start": start and {"training": start.training, "weights": start.weights},
             "evaluation": 0 if evaluation is None else evaluation["number"],
         },
     )
+    return cycle, inputs
 
 
 def cycle_key(
@@ -174,18 +184,18 @@ def cycle_key(
 def _go_through(
     registry: Registry,
     config: Config,
-    shards: Sequence[InputShard],
+    inputs: Inputs,
     cycle: Mapping[str, Any],
     observer: Observer,
     on_plan: Callable[[Plan], None],
     target: str,
 ) -> Cycle:
-    basis = _basis_of(registry, cycle)
+    shards, basis = inputs.shards, _basis_of(registry, cycle, inputs)
     if cycle["champion"] is not None and config.retrain.num_steps is not None:
         train = config.train.model_copy(update={"num_steps": config.retrain.num_steps})
         config = config.model_copy(update={"train": train})
     _tell(observer, f"cycle {cycle['number']}: {_said(list(cycle['new']))} new or changed")
-    if basis is not None and (differing := _unused_features(config, shards, basis)):
+    if basis.pinned and (differing := _unused_features(config, shards, basis)):
         _tell(
             observer,
             f"{', '.join(differing)} is not that of evaluation {basis.evaluation}, which the model "
@@ -213,15 +223,15 @@ def _go_through(
             end_cycle(registry, cycle["number"], ended)
             tell_refusal(config, observer, f"{sentence}.", {"held": ended["held"]})
             return Cycle("held", f"{sentence}.", **facts)
-        left_out = (*config.data.leave_out, *sorted(hashes_of(held)))
-        data = config.data.model_copy(update={"leave_out": left_out})
-        config = config.model_copy(update={"data": data})
-        if basis is not None:
+        shards = leave_out(shards, hashes_of(held))
+        basis = replace(basis, inputs=Inputs(shards, inputs.ignored))
+        if basis.pinned:
             with failure_is_told(config, observer):
-                check_classes(registry.storage, config, cycle["new"], basis, observer=observer)
+                new = [shard for shard in shards if shard.name in cycle["new"]]
+                check_classes(registry.storage, config, new, basis, observer=observer)
                 score_champion(registry, config, basis, observer=observer)
         outcome = run_config(config, observer=observer, on_plan=on_plan, basis=basis, target=target)
-        if basis is not None:
+        if basis.pinned:
             with failure_is_told(config, observer):  # another may have been promoted meanwhile
                 score_champion(registry, config, basis, observer=observer)
     with failure_is_told(config, observer):
@@ -264,14 +274,14 @@ def _nothing_new(registry: Registry, outcome: Mapping[str, Any] | None) -> Cycle
     return Cycle("nothing_new", f"{sentence}.", held=tuple(held_shards(registry)))
 
 
-def _basis_of(registry: Registry, cycle: Mapping[str, Any]) -> Basis | None:
-    """What a cycle was begun with; None for the first training of a model."""
+def _basis_of(registry: Registry, cycle: Mapping[str, Any], inputs: Inputs) -> Basis:
+    """What a cycle was begun with; nothing is pinned for the first training of a model."""
     if not cycle["evaluation"]:
-        return None
+        return Basis({}, inputs=inputs)
     evaluation = registry.evaluations()[cycle["evaluation"] - 1]
     start = None if cycle["start"] is None else Start(**cycle["start"])
     pinned = pinned_manifests(registry.storage, evaluation)
-    return Basis(pinned, start, evaluation["number"])
+    return Basis(pinned, start, evaluation["number"], inputs)
 
 
 def _is_all_held(

@@ -39,7 +39,7 @@ def screen(
     config: Config,
     shards: Sequence[InputShard],
     cycle: Mapping[str, Any],
-    basis: Basis | None,
+    basis: Basis,
     observer: Observer,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of what is held, and the names of what is used though it could not be judged.
@@ -49,13 +49,13 @@ def screen(
         config: of the cycle.
         shards: the input with its hashes.
         cycle: the record of its beginning.
-        basis: what the registry pins; without it nothing can be tested.
+        basis: what the registry pins; where that is nothing, nothing can be tested.
         observer: told what is found.
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
     """
-    if basis is None:
+    if not basis.pinned:
         return [], []
     read = functools.cache(functools.partial(read_document, registry.storage))
     of_reference = basis.pinned["reference"]["identity"]["inputs"]["preprocess"]

@@ -9,7 +9,7 @@ file's content is in `identities.py`; what is inside a shard is read by `readers
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -121,11 +121,33 @@ def list_inputs(
             "All input shards are named by data.leave_out. Give others in data.sources, or shorten "
             "data.leave_out."
         )
-    return Inputs(sorted(used_shards, key=lambda shard: shard.name), sorted(ignored))
+    return Inputs(used_shards, sorted(ignored))
+
+
+def loose_files(shards: Iterable[InputShard]) -> dict[str, str | None]:
+    """SHA-256 by name of the files that are gathered into buckets."""
+    return {f.name: f.sha256 for s in shards if s.format == "files" for f in s.files}
+
+
+def keep_to(inputs: Inputs, shards: Mapping[str, str], loose: Mapping[str, str]) -> Inputs | None:
+    """The input as it was when it had these shards; None where one has changed since, or is gone.
+
+    Args:
+        inputs: what there is now.
+        shards: SHA-256 by name of what there was.
+        loose: SHA-256 by name of the files that were gathered into buckets.
+    """
+    of_files = [shard for shard in inputs.shards if shard.format == "files"]
+    files = [f for shard in of_files for f in shard.files if loose.get(f.name) == f.sha256]
+    others = [shard for shard in inputs.shards if shard.format != "files"]
+    kept = [*(s for s in others if shards.get(s.name) == s.sha256), *_buckets(files)]
+    if {shard.name: shard.sha256 for shard in kept} != shards:
+        return None
+    return Inputs(sorted(kept, key=lambda shard: shard.name), inputs.ignored)
 
 
 def leave_out(shards: Sequence[InputShard], hashes: Set[str]) -> list[InputShard]:
-    """The shards but for some, and but for some loose files: as if these were not there.
+    """The shards by name but for some, and but for some loose files: as if these were not there.
 
     Args:
         shards: of the input.
@@ -134,9 +156,9 @@ def leave_out(shards: Sequence[InputShard], hashes: Set[str]) -> list[InputShard
     kept = [shard for shard in shards if shard.sha256 not in hashes]
     loose = [file for shard in kept if shard.format == "files" for file in shard.files]
     others = [file for file in loose if file.sha256 not in hashes]
-    if len(others) == len(loose):
-        return kept
-    return [*(shard for shard in kept if shard.format != "files"), *_buckets(others)]
+    if len(others) < len(loose):
+        kept = [*(shard for shard in kept if shard.format != "files"), *_buckets(others)]
+    return sorted(kept, key=lambda shard: shard.name)
 
 
 def find_first_files(data: DataConfig, storage: Storage) -> list[InputFile]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.settings import NOT_OF_THE_DATA_SET, Config, DataConfig
-from pipeline.sources import InputShard
+from pipeline.sources import Inputs, InputShard
 from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject, data_of_images
 from pipeline.workflow import Resources, Step
 
@@ -72,6 +72,7 @@ def make_steps(
     *,
     start: Start | None = None,
     evaluation: int = 0,
+    listed: Inputs | None = None,
 ) -> list[Step]:
     """The workflow of a config over its shards.
 
@@ -82,6 +83,7 @@ def make_steps(
         subject: what is evaluated in place of the config's training; then the workflow ends there.
         start: what training begins from; random weights if not given.
         evaluation: the number of the one that the model pins, where it has any.
+        listed: the input that `preprocess` keeps to; it lists it itself if not given.
     """
     train = config.train
     # The most that an elastic training may take: nothing runs beside it that it would wait for.
@@ -96,6 +98,7 @@ def make_steps(
             function="pipeline.preprocess:preprocess",
             settings=_preprocess_settings(config.data, shards),
             resources=WHOLE_CLUSTER,
+            given=listed,
         ),
         _features_step(config, extractor or {}),
         Step(

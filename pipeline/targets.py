@@ -122,6 +122,8 @@ def find_run(config: Config) -> tuple[Storage, str, dict[str, Any] | None]:
     if cycle is not None and cycle["outcome"] is None:
         wanted.add(_latest_since(storage, known, config.name, cycle["time"]))
     found = [run for run in known if run in wanted]
+    if cycle is not None:
+        cycle.pop("files", None)  # of loose images there may be very many
     return storage, found[-1] if found else planned.run, cycle
 
 

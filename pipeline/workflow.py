@@ -56,6 +56,7 @@ class Step:
             are no part of its key, and nothing of them runs for it once it is done.
         resources: its peak on the cluster; none at all means it runs in the driver.
         extensible: the setting that may grow without starting anew (`train.num_steps`).
+        given: what the function would otherwise find out by itself; the settings have its hash.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Step:
     after: tuple[str, ...] = ()
     resources: Resources = Resources()
     extensible: str | None = None
+    given: Any = None
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,7 @@ class DataConfig(Section):
         "globs or URIs, relative to the config file",
     )
     leave_out: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
-        default=(),
-        description="SHA-256 of input shards and loose files that are not used; retrain adds held "
-        "ones",
+        default=(), description="SHA-256 of input shards and loose files that are not used"
     )
     resolution: Positive | None = Field(
         default=None, description="side of the square images in pixels"

@@ -1,10 +1,18 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import load_config
-from pipeline.driver import run_config
+from pipeline.convert import preprocess_shard
+from pipeline.driver import Basis, bring_about, run_config
 from pipeline.errors import ConfigError, DataError
+from pipeline.pinning import read_document
+from pipeline.sources import list_inputs
+from pipeline.storage import open_storage
+
+DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits"
 
 
 @pytest.mark.parametrize("name", ["validation_fraction", "test_fraction"])
@@ -35,3 +43,36 @@ def test_sequences_are_scored_by_an_extractor_of_ones_own_alone(
         run(extractor)
     with pytest.raises(DataError, match="no sequences at"):  # it looks for them
         run("json:loads")
+
+
+def test_work_keeps_to_the_input_that_it_is_given(
+    tiny_config: Path, tmp_path: Path, make_png: Callable[..., bytes]
+) -> None:
+    source, other = tmp_path / "in", tmp_path / "other"
+    source.mkdir()
+    for k in (0, 1):
+        shutil.copy(DIGITS / f"digits-000{k}.tar", source)
+    (source / "a.png").write_bytes(make_png(1))
+    settings = [f'data.sources=["{source}"]', f"storage.root={tmp_path / 'root'}"]
+    config, storage = load_config(tiny_config, settings), open_storage(str(tmp_path / "root"))
+    inputs = list_inputs(config.data, storage)
+    for shard in inputs.shards:
+        preprocess_shard(shard, config.data, storage)
+
+    (source / "b.png").write_bytes(make_png(2))
+    shutil.copy(DIGITS / "digits-0002.tar", source / "poison.tar")
+    (source / "digits-0000.tar").unlink()
+    shutil.copy(DIGITS / "digits-0003.tar", source / "digits-0001.tar")
+    basis = Basis({}, inputs=inputs)
+    made = bring_about(config, ("preprocess",), basis=basis, observer=lambda event: None)
+    key = made["preprocess"]["key"]
+    document = read_document(storage, key)
+    assert [shard["input"] for shard in document["shards"]] == [s.name for s in inputs.shards]
+    assert made["preprocess"]["identity"]["settings"]["shards"] == {
+        shard.name: shard.sha256 for shard in inputs.shards
+    }
+
+    # What is not read yet and is no longer what it was ends the work.
+    fresh = load_config(tiny_config, [*settings[:1], f"storage.root={other}"])
+    with pytest.raises(DataError, match=r"digits-0001\.tar changed since the run was planned"):
+        preprocess_shard(inputs.shards[1], fresh.data, open_storage(str(other)))

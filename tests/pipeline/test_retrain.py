@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from pipeline.registry import Registry
 from pipeline.retrain import Cycle, retrain
 from pipeline.scores.drift import Drift
 from pipeline.settings import Config
-from pipeline.sources import InputShard, list_inputs
+from pipeline.sources import FILES_PER_BUCKET, InputShard, list_inputs
 from pipeline.steps import Start, make_steps
-from pipeline.storage import LocalStorage
+from pipeline.storage import LocalStorage, hash_content
 
 DIGITS = Path(__file__).resolve().parent.parent.parent / "examples" / "digits"
 FAR = Drift(distance=90.0, largest=10.0, limit=15.0, count=300)
@@ -40,7 +41,8 @@ class Model:
         self.storage = LocalStorage(str(root))
         self.registry = Registry(self.storage, "tiny")
         self.notes: list[str] = []
-        self.ran: list[tuple[Config, Basis | None]] = []
+        self.ran: list[tuple[Config, Basis]] = []
+        self.used: list[dict[str, str]] = []  # the shards that each run was planned over
         self.verdict: Verdict | Exception = Verdict(True, "better")
         monkeypatch.setattr(module, "run_config", self._run)
         monkeypatch.setattr(module, "connect", lambda config: contextlib.nullcontext())
@@ -97,7 +99,7 @@ class Model:
 
         return retrain(config, observer=observe, **options)
 
-    def hold(self, *names: str) -> None:
+    def hold(self, *names: str, then: Callable[[], object] = lambda: None) -> None:
         """Has the drift test hold these shards, or loose images as one."""
 
         def hold_some(
@@ -112,20 +114,26 @@ class Model:
             held = [
                 add_finding(registry, lot, "held", reason, evaluation=1, cycle=1) for lot in lots
             ]
+            then()
             return held, []
 
         self.monkeypatch.setattr(module, "screen", hold_some)
+
+    def meanwhile(self, happens: Callable[[], object], hold: Sequence[str] = ()) -> None:
+        """Has the input change when the drift test is done with it."""
+        self.hold(*hold, then=happens)
 
     def _verdict(self) -> Verdict:
         assert isinstance(self.verdict, Verdict)
         return self.verdict
 
-    def _run(self, config: Config, *, basis: Basis | None, **_: Any) -> Outcome:
+    def _run(self, config: Config, *, basis: Basis, **_: Any) -> Outcome:
+        plan = make_plan(config, basis=basis)
         self.ran.append((config, basis))
+        self.used.append(dict(plan.steps[0].step.settings["shards"]))
         if isinstance(self.verdict, Exception):
             raise self.verdict
-        manifests = {"promote": {"metrics": {"version": 2}}}
-        return Outcome(make_plan(config, basis=basis), manifests, None)
+        return Outcome(plan, {"promote": {"metrics": {"version": 2}}}, None)
 
 
 @pytest.fixture
@@ -160,7 +168,6 @@ def test_a_cycle_is_planned_from_what_the_registry_pins(model: Model) -> None:
     assert cycle.sentence == "Version 2 of tiny is the champion: better."
     ((ran, basis),) = model.ran
     assert ran.train.num_steps == 40
-    assert basis is not None
     assert basis.start == Start("train-1", "w1")
     assert {name: manifest["key"] for name, manifest in basis.pinned.items()} == {
         "features": "f",
@@ -214,14 +221,97 @@ def test_a_cycle_that_was_killed_goes_on_from_where_it_began(model: Model) -> No
     assert len(model.registry.records("cycles")) == 1
 
 
-def test_other_shards_begin_another_cycle_though_one_is_not_over(model: Model) -> None:
+@pytest.fixture
+def inbox(tmp_path: Path, make_png: Callable[..., bytes]) -> Path:
+    """A directory with what the champion knows, and a new shard and a new loose image beside it."""
+    made = tmp_path / "in"
+    made.mkdir()
+    for k in (0, 1):
+        shutil.copy(DIGITS / f"digits-000{k}.tar", made)
+    (made / "a.png").write_bytes(make_png(1))
+    return made
+
+
+def test_what_arrives_while_a_cycle_runs_is_left_to_the_next_one(
+    model: Model, inbox: Path, make_png: Callable[..., bytes]
+) -> None:
+    config = model.config(f'data.sources=["{inbox}"]')
+    before = {shard.name: shard.sha256 for shard in model.shards(config)}
+
+    def arrive() -> None:
+        shutil.copy(DIGITS / "digits-0002.tar", inbox / "poison.tar")
+        (inbox / "b.png").write_bytes(make_png(2))
+
+    model.meanwhile(arrive)
+    assert model.retrain(config).state == "promoted"
+    assert model.used == [before]
+    model.meanwhile(lambda: None)
+    after = model.retrain(config)
+    assert (after.number, "poison.tar" in after.new) == (2, True)
+    assert model.used[1].keys() == before.keys() | {"poison.tar"}
+    assert model.used[1]["files-0000-of-0001"] != before["files-0000-of-0001"]
+
+
+def test_what_changes_or_goes_while_a_cycle_runs_is_used_as_it_was_tested(
+    model: Model, inbox: Path
+) -> None:
+    shutil.copy(DIGITS / "digits-0002.tar", inbox)
+    config = model.config(f'data.sources=["{inbox}"]')
+    before = {shard.name: shard.sha256 for shard in model.shards(config)}
+
+    def change() -> None:
+        shutil.copy(DIGITS / "digits-0003.tar", inbox / "digits-0001.tar")
+        (inbox / "digits-0002.tar").unlink()
+
+    model.meanwhile(change)
+    assert model.retrain(config).state == "promoted"
+    assert model.used == [before]
+
+
+def test_a_shard_that_is_held_and_then_rewritten_is_not_used_under_its_name(
+    model: Model, inbox: Path
+) -> None:
+    config = model.config(f'data.sources=["{inbox}"]')
+    model.meanwhile(
+        lambda: shutil.copy(DIGITS / "digits-0003.tar", inbox / "digits-0001.tar"),
+        hold=["digits-0001.tar"],
+    )
+    assert model.retrain(config).state == "promoted"
+    (used,) = model.used
+    assert used.keys() == {"digits-0000.tar", "files-0000-of-0001"}
+
+
+def test_a_cycle_that_was_killed_goes_on_with_its_own_shards_whatever_arrived(
+    model: Model, inbox: Path, make_png: Callable[..., bytes]
+) -> None:
+    config = model.config(f'data.sources=["{inbox}"]')
     model.verdict = TrainingError("No. Try again.")
-    for shards in ((0, 1), (0, 1, 2)):
+    with pytest.raises(TrainingError):
+        model.retrain(config)
+    shutil.copy(DIGITS / "digits-0002.tar", inbox)
+    shutil.copy(inbox / "a.png", inbox / "twin.png")  # nor another file of the same content
+    for k in range(FILES_PER_BUCKET):  # the buckets double
+        (inbox / f"{k:05d}.png").write_bytes(make_png(2 + k % 2))
+    model.verdict = Verdict(True, "better")
+    cycle = model.retrain(config)
+    assert (cycle.number, cycle.state) == (1, "promoted")
+    assert model.used[0] == model.used[1]
+    after = model.retrain(config)
+    assert (after.number, "digits-0002.tar" in after.new) == (2, True)
+    assert {"digits-0002.tar", "files-0001-of-0002"} <= model.used[2].keys()
+
+
+@pytest.mark.parametrize("shards", [(0, 2), (0, 2, 3)])
+def test_a_killed_cycle_whose_shard_is_gone_is_followed_by_another(
+    model: Model, shards: Sequence[int]
+) -> None:
+    model.verdict = TrainingError("No. Try again.")
+    for present in ((0, 1), shards):
         with pytest.raises(TrainingError):
-            model.retrain(model.config(shards=shards))
+            model.retrain(model.config(shards=present))
     assert [list(c["new"]) for c in model.registry.records("cycles")] == [
         ["digits-0001.tar"],
-        ["digits-0001.tar", "digits-0002.tar"],
+        [f"digits-000{k}.tar" for k in shards[1:]],
     ]
 
 
@@ -231,9 +321,8 @@ def test_held_shards_are_left_out_and_the_others_go_on(model: Model) -> None:
     cycle = model.retrain(config)
     assert cycle.state == "promoted"
     assert [record["shard"] for record in cycle.held] == ["digits-0002.tar"]
-    ((ran, _),) = model.ran
-    names = [shard.name for shard in model.shards(ran)]
-    assert names == ["digits-0000.tar", "digits-0001.tar"]
+    (used,) = model.used
+    assert list(used) == ["digits-0000.tar", "digits-0001.tar"]
     again = model.retrain(config)
     assert (again.state, [r["shard"] for r in again.held]) == ("nothing_new", ["digits-0002.tar"])
 
@@ -260,11 +349,15 @@ def test_held_loose_images_are_left_out_without_those_beside_them(
         (tmp_path / "in" / f"{name}.png").write_bytes(make_png(ord(name)))
     sources = json.dumps([str(DIGITS / "digits-0000.tar"), str(tmp_path / "in")])
     config = model.config(f"data.sources={sources}")
+    sha256 = hash_content((tmp_path / "in" / "a.png").read_bytes())
+    without_a = config.data.model_copy(update={"leave_out": (sha256,)})
     model.hold("a.png")
     assert model.retrain(config).state == "promoted"
-    ((ran, _),) = model.ran
-    files = [[file.name for file in shard.files] for shard in model.shards(ran)]
-    assert files == [["digits-0000.tar"], ["b.png"]]
+    left = model.shards(config.model_copy(update={"data": without_a}))
+    assert model.used == [{shard.name: shard.sha256 for shard in left}]
+    assert [[file.name for file in shard.files] for shard in left] == [
+        ["digits-0000.tar"], ["b.png"]
+    ]  # fmt: skip
     model.hold("a.png", "b.png")
     other = model.config(f"data.sources={sources}", "promote.rule=not_worse")
     assert model.retrain(other).state == "held"
@@ -313,7 +406,7 @@ def test_a_model_without_versions_is_trained_as_run_does(
     cycle = model.retrain(model.config("retrain.num_steps=40"))
     assert (cycle.number, cycle.state) == (1, "promoted")
     ((ran, basis),) = model.ran
-    assert (ran.train.num_steps, basis) == (300, None)
+    assert (ran.train.num_steps, basis.pinned, basis.start) == (300, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +436,6 @@ def test_from_scratch_the_network_may_be_another(model: Model) -> None:
     config = model.config("model.dim=16", "retrain.start=scratch", shards=(0, 1))
     assert model.retrain(config).state == "promoted"
     ((_, basis),) = model.ran
-    assert basis is not None
     assert basis.start is None
 
 

@@ -8,7 +8,7 @@ import pytest
 from pipeline.config import load_config
 from pipeline.errors import DataError
 from pipeline.settings import DataConfig
-from pipeline.sources import FILES_PER_BUCKET, Inputs, list_inputs
+from pipeline.sources import FILES_PER_BUCKET, Inputs, keep_to, list_inputs, loose_files
 from pipeline.storage import LocalStorage
 
 
@@ -167,6 +167,29 @@ def test_what_is_left_out_is_as_if_it_were_not_there(
     write(tmp_path / "one" / "new.png", b"new")
     with pytest.raises(DataError, match=r"All input shards are named by data\.leave_out"):
         inputs_of("one", leave_out=left_out)
+
+
+def test_the_input_is_found_as_it_was_among_what_came_later(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "in" / "1.tar", b"one")
+    for k in range(FILES_PER_BUCKET):
+        write(tmp_path / "in" / f"{k:05d}.png", str(k).encode())
+    before = inputs_of("in")
+    shards = {shard.name: shard.sha256 or "" for shard in before.shards}
+    loose = loose_files(before.shards)
+    assert len(loose) == FILES_PER_BUCKET
+    write(tmp_path / "in" / "2.tar", b"one")  # the same content under another name
+    write(tmp_path / "in" / "new.png", b"0")
+    later = inputs_of("in")
+    assert len(later.shards) == 4
+    assert keep_to(later, shards, loose) == before
+    assert keep_to(later, shards, {}) is None
+    write(tmp_path / "in" / "1.tar", b"other")
+    assert keep_to(inputs_of("in"), shards, loose) is None
+    write(tmp_path / "in" / "1.tar", b"one")
+    (tmp_path / "in" / "00000.png").unlink()
+    assert keep_to(inputs_of("in"), shards, loose) is None
 
 
 def test_a_renamed_loose_file_is_noticed(tmp_path: Path, inputs_of: Callable[..., Inputs]) -> None:
