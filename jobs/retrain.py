@@ -91,10 +91,8 @@ def accept(
         _refuse_torchrun()
         if target.endswith(".toml"):
             config = load_config(target, set_ or ())
-        elif set_:
-            raise ConfigError("--set is for a config, and a model was named. Give its config.")
         else:
-            config = config_of_champion(open_storage(root), target)
+            config = config_of_champion(open_storage(root), target, set_ or ())
         with printer.live(), _stdout_kept_for_json(as_json):
             accepted = accept_reference(
                 config, observer=printer.observe, reason=reason, on_hash=printer.hashes

@@ -4,12 +4,13 @@ The score comes first and the pin last: killed anywhere, the old evaluation hold
 command goes on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.comparable import check_champion
-from pipeline.config import parse_config
+from pipeline.config import override_config, parse_config, with_absolute_paths
 from pipeline.cycles import hold_cycle
 from pipeline.driver import Basis
 from pipeline.errors import BusyError, ConfigError
@@ -27,9 +28,12 @@ from pipeline.pinning import (
 )
 from pipeline.registry import Registry, open_registry
 from pipeline.rescore import score_version
-from pipeline.settings import Config, DataConfig
+from pipeline.settings import ClusterConfig, Config, DataConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow import Event, Observer
+
+# Settings that say where something is, and not what is scored.
+PLACES = ("cluster.", "features.weights=")
 
 
 @dataclass(frozen=True)
@@ -150,20 +154,31 @@ def _without_held(
     return config.data.model_copy(update={"leave_out": (*config.data.leave_out, *left_out)})
 
 
-def config_of_champion(storage: Storage, name: str) -> Config:
-    """The config of a model's champion, with this storage root.
+def config_of_champion(storage: Storage, name: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a model's champion, with this storage root and without the cluster it was on.
 
     Args:
         storage: the root.
         name: of the model.
+        overrides: `section.key=value` of `PLACES`; paths are relative to the working directory.
 
     Raises:
-        ConfigError: there is no such model, it has no champion, or the config is not one any more.
+        ConfigError: there is no such model, it has no champion, the config is not one any more, or
+            another setting is overridden.
     """
+    if wrong := [text for text in overrides if not text.startswith(PLACES)]:
+        raise ConfigError(
+            f"--set {wrong[0].partition('=')[0]} cannot be set for a model's name, which means its "
+            "champion's config as it was trained; settings of cluster and features.weights can. "
+            "Leave it out, or give a config."
+        )
     champion = open_registry(storage, name).champion()
     if champion is None:
         raise ConfigError(f"The model {name} has no champion. Promote a version, or give a config.")
     config = parse_config(champion["config"], f"version {champion['number']}")
-    return config.model_copy(
-        update={"storage": config.storage.model_copy(update={"root": storage.uri})}
-    )
+    here = {
+        "storage": config.storage.model_copy(update={"root": storage.uri}),
+        "cluster": ClusterConfig(),  # that of the job that made it is gone by now
+    }
+    config = override_config(config.model_copy(update=here), overrides)
+    return with_absolute_paths(config, Path.cwd())

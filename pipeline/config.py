@@ -54,7 +54,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(values, override)
     config = _validate(values, source=str(path))
-    base = path.resolve().parent
+    return with_absolute_paths(config, path.resolve().parent)
+
+
+def with_absolute_paths(config: Config, base: Path) -> Config:
+    """A config whose `data.sources` and `features.weights` mean the same from anywhere.
+
+    Args:
+        config: the whole config.
+        base: the directory that relative paths in it are from.
+    """
     sources = tuple(absolute_source(source, base) for source in config.data.sources)
     sections: dict[str, Any] = {"data": config.data.model_copy(update={"sources": sources})}
     if (weights := config.features.weights) is not None and "://" not in weights:

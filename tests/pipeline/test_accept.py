@@ -17,7 +17,7 @@ from pipeline.holding import add_finding
 from pipeline.lots import Lot
 from pipeline.pinning import find_score, pin_first
 from pipeline.registry import Registry
-from pipeline.settings import Config
+from pipeline.settings import ClusterConfig, Config
 from pipeline.storage import LocalStorage
 
 KEYS = {name: f"{name}-1" for name in ("preprocess", "features", "reference", "train", "evaluate")}
@@ -210,3 +210,26 @@ def test_the_champions_config_is_found_by_name(model: Model) -> None:
     config = config_of_champion(model.registry.storage, "tiny")
     assert config.train.seed == 7
     assert config.storage.root == model.registry.storage.uri
+
+
+def test_a_champion_that_a_job_made_is_not_looked_for_on_its_cluster(
+    model: Model, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ClusterConfig(address="10.0.0.1:6379", num_cpus=2)
+    inception = ["features.extractor=inception", "features.width=64", "evaluate.num_samples=640"]
+    weights = "features.weights=/tmp/ray/session/w.pt"
+    config = load_config(tiny_config, [*inception, weights, "train.seed=7"])
+    model.champion = config.model_copy(update={"cluster": there})
+    model.add_version("b")
+    model.registry.promote(2, "of a job")
+    storage = model.registry.storage
+    assert model.registry.version(2)["config"]["cluster"]["address"] == there.address
+    assert config_of_champion(storage, "tiny").cluster == ClusterConfig()
+    monkeypatch.chdir(tmp_path)
+    given = ["cluster.address=10.0.0.2:6379", "features.weights=w.pt"]
+    config = config_of_champion(storage, "tiny", given)
+    assert config.cluster == ClusterConfig(address="10.0.0.2:6379")
+    assert config.features.weights == str(tmp_path / "w.pt")
+    assert config.train.seed == 7
+    with pytest.raises(ConfigError, match=r"^--set train\.seed cannot be set for a model's name"):
+        config_of_champion(storage, "tiny", [*given, "train.seed=8"])
