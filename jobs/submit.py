@@ -74,7 +74,11 @@ def submit(
 
     The same command while it runs follows the job there is. Ctrl-C leaves the job alone.
     """
-    with errors_to_exit_codes(as_json, on_interrupt="Interrupted."):
+    interrupted = (
+        "Interrupted. If the job was submitted already, it goes on: the same command follows it, "
+        f"and raydiffusion jobs --address {address} lists it."
+    )
+    with errors_to_exit_codes(as_json, on_interrupt=interrupted):
         verb, path, arguments = _split(command)
         overrides = _overrides(arguments)
         config = load_config(path, overrides)

@@ -22,7 +22,10 @@ from pipeline.packing import Package
 from pipeline.settings import Config
 from pipeline.storage import LocalStorage, open_storage
 
-VERBS = ("run", "retrain", "preprocess", "train", "tune", "evaluate", "report", "doctor")
+VERBS = (
+    "run", "retrain", "accept-reference",
+    "preprocess", "train", "tune", "evaluate", "report", "doctor",
+)  # fmt: skip
 PYTHON = "python"  # on the cluster, as its PATH finds it
 # The shell that starts the job knows the address from Ray.
 _JOIN = '--set cluster.address="$RAY_ADDRESS"'
