@@ -155,9 +155,13 @@ class Learner:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes them back."""
+        optimizer = checkpoint.optimizer["optimizer"]
         self.model.load_state_dict(checkpoint.model)
-        self.ema.load(checkpoint.ema, checkpoint.global_step)
-        self.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        # The average moves with the weights, which stand still where the loss scale skips a step:
+        # its updates are those that the optimiser counts, not the steps.
+        num_updates = max((int(known["step"]) for known in optimizer["state"].values()), default=0)
+        self.ema.load(checkpoint.ema, num_updates)
+        self.optimizer.load_state_dict(optimizer)
         self.scaler = self._make_scaler()  # the old one may be in the middle of a step
         self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
 
