@@ -163,13 +163,15 @@ class _Training:
             number, batch = next(batches)
             self.watch.mark("data")
             torch.manual_seed(self._dropout_seed(number))
-            if not self.learner.learn(batch, self.step, self.meter):
+            is_learned = self.learner.learn(batch, self.step, self.meter)
+            self.watch.mark("compute")
+            if not is_learned:
                 self._rewind(number)
+                self.watch.mark("checkpoint")
                 batches.close()
                 batches = self._iter_batches()
                 continue
             self.step += 1
-            self.watch.mark("compute")
             self._report()
         self.writer.wait()
         return self.history
@@ -225,7 +227,7 @@ class _Training:
         """Everything as it was, but which batches are skipped."""
         self.learner.restore(checkpoint)
         self.step, self.history = checkpoint.global_step, list(checkpoint.history)
-        self.meter = Meter(self.diffusion.num_train_timesteps, self.device)
+        self.meter.restart()
         if self.rank == 0:  # rows after the checkpoint are no more
             self.patience.until_done(
                 lambda: self.store.show_metrics(self.history), "The metrics are not written"
@@ -234,10 +236,12 @@ class _Training:
     def _rewind(self, number: int) -> None:
         """Back to the last checkpoint, to go on without this batch and with other noise."""
         self.num_rewinds += 1
-        last = f"{loss:.4g}" if (loss := self.meter.last_loss) is not None else "none since then"
+        loss = self.meter.last_loss
+        if loss is None and self.history:  # this process has done no step yet
+            loss = self.history[-1]["loss"]
         fault = (
             f"The loss or its gradient was not finite at step {self.step + 1:,} "
-            f"({self._culprits()}, last finite loss {last})"
+            f"({self._culprits()}, last finite loss {'none' if loss is None else f'{loss:.4g}'})"
         )
         if self.num_rewinds > self.config.max_rewinds:
             raise TrainingError(

@@ -18,10 +18,14 @@ class Meter:
     """
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
-        self._num_timesteps = num_timesteps
-        self._totals = torch.zeros(2, NUM_QUARTERS, dtype=torch.float64, device=device)
-        self._grad_norms: list[Tensor] = []
+        self._num_timesteps, self._device = num_timesteps, device
         self._last_losses: Tensor | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was taken since the last row, but not the last loss."""
+        self._totals = torch.zeros(2, NUM_QUARTERS, dtype=torch.float64, device=self._device)
+        self._grad_norms: list[Tensor] = []
         self._num_steps = 0
 
     def add(self, losses: Tensor, timesteps: Tensor) -> None:
@@ -56,9 +60,8 @@ class Meter:
         A quarter of the noise levels that no sample fell into has None, and so has the norm where
         no step was done.
         """
-        totals, self._totals = self._totals, torch.zeros_like(self._totals)
-        norms, self._grad_norms = self._grad_norms, []
-        steps, self._num_steps = self._num_steps, 0
+        totals, norms, steps = self._totals, self._grad_norms, self._num_steps
+        self.restart()
         all_seconds = totals.new_full((1, NUM_QUARTERS), seconds)
         totals = torch.cat([totals, all_seconds])
         if world_size > 1:

@@ -12,8 +12,9 @@ class Stopwatch:
     """Adds up the time since the last mark to one part after another.
 
     `compute` is the network and the optimiser, `data` the wait for a batch, `sync` the wait for
-    other ranks, `checkpoint` copying the state and waiting for the checkpoint before, `metrics`
-    adding them up and the validation loss, `callbacks` what the loop runs in: progress, samples.
+    other ranks, `checkpoint` copying the state, waiting for the checkpoint before and going back to
+    one, `metrics` adding them up and the validation loss, `callbacks` what the loop runs in:
+    progress, samples.
 
     Args:
         clock: seconds.

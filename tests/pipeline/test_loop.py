@@ -18,6 +18,7 @@ from pipeline.errors import TrainingError
 from pipeline.learner import learning_rate
 from pipeline.loop import Hooks
 from pipeline.settings import Config, TrainConfig
+from pipeline.stopwatch import Stopwatch
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
 
@@ -174,17 +175,45 @@ def test_a_batch_without_a_finite_loss_is_skipped(
     assert_same_to_the_bit(load(train(config, tmp_path, data, "stopped")), done)
 
 
+@pytest.mark.parametrize("checkpoint_every", [8, 1])  # 1: no step is done after a rewind
 def test_too_many_rewinds_end_the_training(
-    config: Config, tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_every: int,
 ) -> None:
+    config = settings_of(config, checkpoint_every=checkpoint_every)
     make = BatchMaker.make
     monkeypatch.setattr(BatchMaker, "make", poisoned(make, set(range(3, 100))))
     message = r"not finite at step 4 \(rank 0, last finite loss [\d.]+\), after 2 rewinds. Lower"
-    with pytest.raises(TrainingError, match=message):
-        train(config, tmp_path, data, "x")
+    for _ in range(2):  # the second process does no step, if there is a checkpoint
+        with pytest.raises(TrainingError, match=message):
+            train(config, tmp_path, data, "x")
     monkeypatch.setattr(BatchMaker, "make", poisoned(make, {9}))
     done = load(train(config, tmp_path, data, "x"))
     assert done.skipped == (9,)
+
+
+def test_reading_a_checkpoint_to_go_back_to_is_no_wait_for_data(
+    config: Config, tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, load_latest = [0.0], CheckpointStore.load_latest
+
+    def tick() -> float:
+        now[0] += 1
+        return now[0]
+
+    def load_slowly(self: CheckpointStore, max_step: int) -> Checkpoint | None:
+        now[0] += 1e6
+        return load_latest(self, max_step)
+
+    monkeypatch.setattr("pipeline.loop.Stopwatch", lambda: Stopwatch(tick))
+    monkeypatch.setattr(CheckpointStore, "load_latest", load_slowly)
+    monkeypatch.setattr(BatchMaker, "make", poisoned(BatchMaker.make, {13}))
+    rows = load(train(config, tmp_path, data, "x")).history
+    seconds = next(row["seconds"] for row in rows if row["global_step"] == 16)
+    assert seconds["checkpoint"] > 1e6 > sum(seconds.values()) - seconds["checkpoint"]
 
 
 def test_what_the_loss_scale_skips_moves_nothing_and_is_in_no_row(
