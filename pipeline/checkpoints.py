@@ -10,13 +10,20 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint_steps import (
+    checkpoint_directory,
+    complete_steps,
+    is_complete,
+    named_steps,
+)
+from pipeline.errors import StorageError
 from pipeline.storage import Storage, hashed_name
 
 logger = logging.getLogger(__name__)
@@ -71,14 +78,20 @@ class CheckpointStore:
     storage: Storage
     directory: str
     keep_every: int | None = None
+    # What this process knows of checkpoints, so that one of a thousand costs no more than the
+    # first: validation losses of complete ones, and steps of those that `load_latest` passed over.
+    _losses: dict[int, float | None] = field(default_factory=dict, init=False, repr=False)
+    _passed_over: set[int] = field(default_factory=set, init=False, repr=False)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint whole, then drops those no longer needed.
 
         The latest two up to it stay, the one with the least validation loss, and every multiple
-        of `keep_every`. One that is there already is kept: equal runs write equal checkpoints.
+        of `keep_every`. One that is there already is kept, if it was not passed over: equal runs
+        write equal checkpoints.
         """
-        directory = self._directory(checkpoint.global_step)
+        step = checkpoint.global_step
+        directory = checkpoint_directory(self.directory, step)
         optimizer = io.BytesIO()
         torch.save(checkpoint.optimizer, optimizer)
         files = {
@@ -99,16 +112,17 @@ class CheckpointStore:
                 for name, sha256 in hashes.items()
             },
         }
-        if self.storage.exists(f"{directory}/manifest.json"):
-            if self.load(checkpoint.global_step) is not None:
+        if is_complete(self.storage, self.directory, step):
+            if step not in self._passed_over and self.load(step) is not None:
                 return
-            self.storage.delete(directory)  # damaged: this one takes its place
+            self._delete(step)  # this one takes its place
         for name, content in files.items():
             self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
         manifest["sha256"] = _hash_of(manifest)
         self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
+        self._losses[step] = checkpoint.validation_loss
         self.show_metrics(checkpoint.history)
-        self._drop_old(checkpoint.global_step)
+        self._drop_old(step)
 
     def show_metrics(self, history: Sequence[Row]) -> None:
         """Writes `<directory>/metrics.jsonl`, for people, up to the checkpoint that counts."""
@@ -116,27 +130,47 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
-        return sorted(
-            int(name)
-            for name in self.storage.list(f"{self.directory}/checkpoints")
-            if self.storage.exists(f"{self.directory}/checkpoints/{name}/manifest.json")
-        )
+        return complete_steps(self.storage, self.directory)
 
-    def load_latest(self, max_step: int) -> Checkpoint | None:
-        """The latest undamaged checkpoint at or before a step; None when there is none."""
-        for step in reversed([s for s in self.steps() if s <= max_step]):
-            if (checkpoint := self.load(step)) is not None:
+    def load_latest(
+        self, max_step: int, *, passes_over_unreadable: bool = False
+    ) -> Checkpoint | None:
+        """The latest undamaged checkpoint at or before a step; None when there is none.
+
+        Args:
+            max_step: the step.
+            passes_over_unreadable: whether one that the storage does not give back is passed over
+                as a damaged one is, if there is another.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+        fault = None
+        for step in reversed(named_steps(self.storage, self.directory)):
+            if step > max_step or not is_complete(self.storage, self.directory, step):
+                continue
+            try:
+                checkpoint, what = self.load(step), "is damaged"
+            except StorageError as error:
+                if not passes_over_unreadable:
+                    raise
+                checkpoint, what, fault = None, "cannot be read", fault or error
+            if checkpoint is not None:
                 return checkpoint
+            self._passed_over.add(step)
             logger.warning(
-                "The checkpoint at step %d in %s is damaged; the one before it is used.",
+                "The checkpoint at step %d in %s %s; the one before it is used.",
                 step,
                 self.directory,
+                what,
             )
+        if fault is not None:  # a training that begins anew would be worse than one that ends
+            raise fault
         return None
 
     def load(self, step: int) -> Checkpoint | None:
         """The checkpoint at a step; None when it is missing or damaged."""
-        directory = self._directory(step)
+        directory = checkpoint_directory(self.directory, step)
         if (manifest := self._manifest(step)) is None:
             return None
         try:
@@ -160,37 +194,44 @@ class CheckpointStore:
             environments=manifest["environments"],
         )
 
-    def best_step(self) -> int | None:
-        """The step with the least validation loss among those measured at a checkpoint."""
-        manifests = {step: self._manifest(step) for step in self.steps()}
-        losses = {step: known and known["validation_loss"] for step, known in manifests.items()}
-        measured = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(measured, key=lambda step: (measured[step], step)) if measured else None
-
     def _drop_old(self, last: int) -> None:
-        steps = [step for step in self.steps() if step <= last]
-        kept = {*steps[-KEPT:], self.best_step()}
+        # Of all that are named, also those that are no checkpoint any more: a kill left half of
+        # them, or they cannot be read.
+        named = [s for s in named_steps(self.storage, self.directory) if s <= last]
+        losses = self._losses_of([s for s in named if s not in self._passed_over])
+        kept = set(list(losses)[-KEPT:])
+        if measured := {step: loss for step, loss in losses.items() if loss is not None}:
+            kept.add(min(measured, key=lambda step: (measured[step], step)))
         if self.keep_every is not None:
-            kept |= {step for step in steps if step % self.keep_every == 0}
-        # All that are no checkpoint any more, also those that a kill left half deleted.
-        names = self.storage.list(f"{self.directory}/checkpoints")
-        for step in [int(name) for name in names if int(name) <= last]:
+            kept |= {step for step in losses if step % self.keep_every == 0}
+        for step in named:
             if step not in kept:
-                # The manifest goes first: half a deletion is no checkpoint either.
-                self.storage.delete(f"{self._directory(step)}/manifest.json")
-                self.storage.delete(self._directory(step))
+                self._delete(step)
+
+    def _losses_of(self, steps: Sequence[int]) -> dict[int, float | None]:
+        """Validation losses of those of these steps that have a complete checkpoint."""
+        for step in steps:
+            if step not in self._losses and (manifest := self._manifest(step)) is not None:
+                self._losses[step] = manifest["validation_loss"]
+        return {step: self._losses[step] for step in steps if step in self._losses}
+
+    def _delete(self, step: int) -> None:
+        self._losses.pop(step, None)
+        directory = checkpoint_directory(self.directory, step)
+        # The manifest goes first: half a deletion is no checkpoint either.
+        self.storage.delete(f"{directory}/manifest.json")
+        self.storage.delete(directory)
+        self._passed_over.discard(step)
 
     def _manifest(self, step: int) -> dict[str, Any] | None:
         """That of a checkpoint; None when it is missing or damaged."""
         try:
-            manifest = json.loads(self.storage.read(f"{self._directory(step)}/manifest.json"))
+            directory = checkpoint_directory(self.directory, step)
+            manifest = json.loads(self.storage.read(f"{directory}/manifest.json"))
             is_whole = manifest.pop("sha256") == _hash_of(manifest)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None  # not there, no JSON, or not what was written
         return manifest if is_whole else None
-
-    def _directory(self, step: int) -> str:
-        return f"{self.directory}/checkpoints/{step:09d}"
 
 
 def to_safetensors(weights: Mapping[str, Tensor]) -> bytes:

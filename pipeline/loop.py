@@ -18,7 +18,7 @@ from torch import nn
 
 from diffusion_core import Diffusion
 from pipeline.batches import Batch, BatchMaker, check_ranks, iter_batches
-from pipeline.checkpoint_writer import CheckpointWriter, Patience, copy_to_host
+from pipeline.checkpoint_writer import CheckpointWriter, copy_to_host
 from pipeline.checkpoints import Checkpoint, CheckpointStore, Row
 from pipeline.errors import StorageError, TrainingError
 from pipeline.host import keep_freed_memory
@@ -26,6 +26,7 @@ from pipeline.learner import Learner, learning_rate
 from pipeline.loader import keyed_seed
 from pipeline.meter import Meter
 from pipeline.order import make_order
+from pipeline.patience import Patience
 from pipeline.precision import gather_environment
 from pipeline.settings import TrainConfig
 from pipeline.shards import Items
@@ -204,10 +205,13 @@ class _Training:
         """The latest checkpoint on every rank; rank 0 says which, so that all agree."""
         checkpoint = None
         if self.rank == 0:
-            checkpoint = self.patience.until_done(
-                lambda: self.store.load_latest(self.config.num_steps),
-                "The latest checkpoint is not read",
-            )
+            num_steps = self.config.num_steps
+            try:
+                checkpoint = self.patience.until_done(
+                    lambda: self.store.load_latest(num_steps), "The latest checkpoint is not read"
+                )
+            except StorageError:  # it may be this one alone
+                checkpoint = self.store.load_latest(num_steps, passes_over_unreadable=True)
         if self.world_size == 1:
             return checkpoint
         chosen = [checkpoint.global_step if checkpoint else -1]

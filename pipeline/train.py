@@ -19,7 +19,6 @@ import safetensors.torch
 
 from diffusion_core import UNet
 from pipeline import trace
-from pipeline.checkpoint_writer import Patience
 from pipeline.checkpoints import CheckpointStore, Row, to_lines, to_safetensors
 from pipeline.dataset import check_cache_fits, class_counts, open_split, read_dataset
 from pipeline.errors import ConfigError, DataError, StorageError, TrainingError
@@ -28,6 +27,7 @@ from pipeline.fid_weights import WeightsHandover
 from pipeline.host import torch_threads
 from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
+from pipeline.patience import Patience
 from pipeline.ray_train import GROUP_TIMEOUT, fit_workers
 from pipeline.settings import NOISE_GROUP, Config
 from pipeline.steps import START_TRAINING

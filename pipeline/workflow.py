@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+from pipeline.checkpoint_steps import complete_steps
 from pipeline.errors import StorageError
 from pipeline.leases import hold_lease
 from pipeline.settings import Config
@@ -209,14 +210,8 @@ def plan(
         if read_manifest(storage, step.name, key) is not None:
             action, reason = "cached", "its result is there"
         elif step.extensible is not None:
-            directory = f"steps/{step.name}/{series}/checkpoints"
-            reached = [
-                int(name)
-                for name in storage.list(directory)
-                if storage.exists(f"{directory}/{name}/manifest.json")
-                and int(name) <= step.settings[step.extensible]
-            ]
-            if reached:
+            done = complete_steps(storage, f"steps/{step.name}/{series}")
+            if reached := [n for n in done if n <= step.settings[step.extensible]]:
                 action = "extend"
                 reason = f"continues from the checkpoint at step {max(reached):,}"
         planned[step.name] = PlannedStep(step, key, identity, series, action, reason)

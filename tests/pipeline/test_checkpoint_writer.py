@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint_writer import CheckpointWriter, Patience
+from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.errors import StorageError
+from pipeline.patience import Patience
 from pipeline.storage import LocalStorage
 
 

@@ -1,12 +1,16 @@
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.checkpoints import Checkpoint, CheckpointStore
+from pipeline.errors import StorageError
 from pipeline.storage import LocalStorage
 
 
@@ -86,7 +90,6 @@ def test_a_damaged_one_is_skipped_with_a_warning(
     assert latest is not None
     assert latest.global_step == 10
     assert "checkpoint at step 21 in t is damaged" in caplog.text
-    assert store.best_step() is None  # and looking for it harms nothing
     store.save(make_checkpoint(21))
     assert store.load(21) is not None
 
@@ -119,3 +122,108 @@ def test_half_a_checkpoint_is_none(store: CheckpointStore, tmp_path: Path) -> No
     (tmp_path / "t" / "checkpoints" / "000000010" / "manifest.json").unlink()
     assert store.steps() == []
     assert store.load_latest(max_step=20) is None
+
+
+class Root:
+    """A root that counts what it is asked and cannot read some paths."""
+
+    def __init__(self, directory: Path, unreadable: str = "no such part") -> None:
+        self._storage = LocalStorage(str(directory))
+        self.asked = Counter[str]()
+        self.unreadable = unreadable
+
+    def read(self, path: str) -> bytes:
+        self.asked["read"] += 1
+        if self.unreadable in path:
+            raise StorageError("Cannot read it: Input/output error.")
+        return self._storage.read(path)
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*arguments: Any) -> Any:
+            self.asked[name] += 1
+            return getattr(self._storage, name)(*arguments)
+
+        return ask
+
+
+def test_dropping_asks_no_more_the_more_are_kept(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    store = CheckpointStore(root, "t", keep_every=10)  # pyright: ignore[reportArgumentType]
+    asked = []
+    for step in range(10, 130, 10):
+        root.asked.clear()
+        store.save(make_checkpoint(step))
+        asked.append(dict(root.asked))
+    assert asked == [asked[0]] * 12
+    assert asked[0]["list"] == 1
+    assert "read" not in asked[0]
+
+    again = CheckpointStore(root, "t", keep_every=10)  # pyright: ignore[reportArgumentType]
+    for step, reads in ((130, 12), (140, 0)):  # what another process wrote is read once
+        root.asked.clear()
+        again.save(make_checkpoint(step))
+        assert root.asked["read"] == reads
+    assert len(store.steps()) == 14
+
+
+def test_what_another_process_saved_may_be_the_best(tmp_path: Path) -> None:
+    def save(step: int, loss: float) -> None:
+        row = {"global_step": step, "validation_loss": loss}
+        store = CheckpointStore(LocalStorage(str(tmp_path)), "t")
+        store.save(replace(make_checkpoint(step), history=[row]))
+
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0)):
+        save(step, loss)
+    assert CheckpointStore(LocalStorage(str(tmp_path)), "t").steps() == [20, 30, 40]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "000000020.tmp", "notes", "20", "-00000020"])
+def test_what_is_no_step_is_passed_over_and_stays(
+    store: CheckpointStore, tmp_path: Path, name: str
+) -> None:
+    store.save(make_checkpoint(10))
+    (tmp_path / "t" / "checkpoints" / name).write_bytes(b"x")
+    assert store.steps() == [10]
+    latest = store.load_latest(max_step=30)
+    assert latest is not None
+    assert latest.global_step == 10
+    for step in (20, 30, 40):
+        store.save(make_checkpoint(step))
+    assert store.steps() == [30, 40]
+    assert (tmp_path / "t" / "checkpoints" / name).exists()
+
+
+def test_one_that_cannot_be_read_is_passed_over_when_that_is_wanted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Root(tmp_path)
+    store = CheckpointStore(root, "t")  # pyright: ignore[reportArgumentType]
+    for step in (10, 20):
+        store.save(make_checkpoint(step))
+    root.unreadable = "000000020/ema"
+    with pytest.raises(StorageError, match="Input/output"):
+        store.load_latest(max_step=20)
+    latest = store.load_latest(max_step=20, passes_over_unreadable=True)
+    assert latest is not None
+    assert latest.global_step == 10
+    assert "The checkpoint at step 20 in t cannot be read; the one before it is" in caplog.text
+    root.unreadable = "/ema"
+    with pytest.raises(StorageError, match="Input/output"):
+        store.load_latest(max_step=20, passes_over_unreadable=True)
+
+    root.unreadable = "000000020/ema"  # whoever comes to that step again writes it anew
+    store.save(make_checkpoint(20))
+    root.unreadable = "no such part"
+    assert store.load(20) is not None
+
+
+def test_one_that_was_passed_over_is_not_kept_as_one_to_go_back_to(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    store = CheckpointStore(root, "t")  # pyright: ignore[reportArgumentType]
+    for step in (10, 20):
+        store.save(make_checkpoint(step))
+    root.unreadable = "000000020/ema"
+    store.load_latest(max_step=20, passes_over_unreadable=True)
+    for step in (15, 25):
+        store.save(make_checkpoint(step))
+    assert store.steps() == [15, 25]

@@ -297,7 +297,6 @@ def test_rows_tell_the_loss_by_noise_and_on_validation(
     assert measured[40] < measured[8]
     best = min(measured, key=lambda step: measured[step])
     assert store.steps() == sorted({16, 32, 40, best})
-    assert store.best_step() == best
     quarters = np.array([row["loss_by_noise"] for row in rows], float)
     assert np.nanmean(quarters[:, 0]) != pytest.approx(np.nanmean(quarters[:, 3]), rel=0.05)
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from pipeline import loop, training_views
 from pipeline import train as pipeline_train
 from pipeline.batches import BatchMaker
-from pipeline.checkpoint_writer import Patience
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
 from pipeline.errors import StorageError
 from pipeline.loop import Hooks
+from pipeline.patience import Patience
 from pipeline.settings import Config
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
@@ -259,3 +260,49 @@ def test_a_batch_that_fails_while_the_storage_is_away_goes_back_to_the_checkpoin
     done = load(train("x", Hooks(on_row=on_row)))
     assert rows == [4, 8, 12, 12, 16, 20, 24]  # not from the beginning
     assert_same_to_the_bit(done, whole)
+
+
+def test_a_latest_checkpoint_that_cannot_be_read_costs_the_steps_since_the_one_before(
+    train: Callable[..., CheckpointStore],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = load(train("whole"))
+    train("x", num_steps=16)
+    pauses: list[float] = []
+    patience = partial(Patience, sleep=pauses.append, clock=lambda: sum(pauses))
+    monkeypatch.setattr(loop, "Patience", patience)
+    read = LocalStorage.read
+
+    def fail(self: LocalStorage, path: str) -> bytes:
+        if "x/checkpoints/000000016/model" in path:
+            raise StorageError("Cannot read it: Input/output error.")
+        return read(self, path)
+
+    monkeypatch.setattr(LocalStorage, "read", fail)
+    first_steps: list[int] = []
+    store = train("x", Hooks(on_row=lambda row, first_step: first_steps.append(first_step)))
+    assert set(first_steps) == {8}
+    assert sum(pauses) == 120  # and no second time, for the checkpoint that takes its place
+    assert "The checkpoint at step 16 in x cannot be read; the one before it" in caplog.text
+    monkeypatch.setattr(LocalStorage, "read", read)
+    assert_same_to_the_bit(load(store), whole)
+    assert store.steps() == [16, 24]
+
+
+def test_where_no_checkpoint_can_be_read_nothing_begins_anew(
+    train: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("x", num_steps=16)
+    read = LocalStorage.read
+
+    def fail(self: LocalStorage, path: str) -> bytes:
+        if "x/checkpoints" in path:
+            raise StorageError("Cannot read it: Input/output error.")
+        return read(self, path)
+
+    monkeypatch.setattr(LocalStorage, "read", fail)
+    rows: list[Any] = []
+    with pytest.raises(StorageError, match="Input/output"):
+        train("x", Hooks(on_row=lambda *row: rows.append(row)), storage_patience_s=0)
+    assert rows == []

@@ -150,6 +150,7 @@ def test_raising_the_extensible_setting_keeps_the_series(storage: Storage) -> No
     assert plan([step(10, 2.0)], storage)[0].series != short.series
     storage.replace(f"{short.series_directory}/checkpoints/000000010/manifest.json", b"{}")
     storage.replace(f"{short.series_directory}/checkpoints/000000015/half", b"")
+    storage.replace(f"{short.series_directory}/checkpoints/.DS_Store", b"x")
     assert plan([step(20, 1.0)], storage)[0].action == "extend"
     assert "step 10" in plan([step(20, 1.0)], storage)[0].reason
     assert plan([step(5, 1.0)], storage)[0].action == "run"
