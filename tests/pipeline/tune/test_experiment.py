@@ -124,9 +124,7 @@ def test_a_space_that_is_gone_through_is_said_with_what_was_refused(
     assert (found["num_trials"], found["asked_for"]) == (2, 6)
     assert found["refused"] == {"the config as it is, or proposed before": MAX_REFUSALS}
     before = sum(sum(trial["refused"].values()) for trial in document["trials"])
-    assert document["refused"] == {
-        "the config as it is, or proposed before": before + MAX_REFUSALS
-    }
+    assert document["refused"] == {"the config as it is, or proposed before": before + MAX_REFUSALS}
     assert [note for note in notes if "nothing new" in note] == [
         "the space holds nothing new after 2 of 6 trials: 200 draws in a row were refused"
     ]
