@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 State = Literal["nothing_new", "promoted", "kept", "asks", "held"]
 KEYED_BY = ("preprocess", "train", "evaluate", "promote")  # steps whose settings tell cycles apart
 SHOWN = 3  # names of shards in a sentence
+SUPERSEDED = "superseded"  # how a cycle ended that was cut short and that another follows
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ def _find_cycle(
             return last, own
     shards = inputs.shards
     key = cycle_key(config, shards, taken, number)
-    if last is not None and last["outcome"] is not None and last["key"] == key:
-        return _nothing_new(registry, last["outcome"])
+    outcome = None if last is None or last["key"] != key else last["outcome"]
+    if outcome is not None and outcome["state"] != SUPERSEDED:
+        return _nothing_new(registry, outcome)
     champion = registry.champion()
     known = (
         set[str]()
@@ -142,12 +144,14 @@ def _find_cycle(
     )
     new = {s.name: s.sha256 for s in shards if s.sha256 not in known}
     if not new:
+        _supersede(registry, last)
         return _nothing_new(registry, None)
     evaluation = pin_first(registry) if registry.records("versions", last=1) else None
     start = None
     if evaluation is not None:
         check_comparable(registry, config, champion, evaluation)
         start = None if champion is None else start_from(config, champion)
+    _supersede(registry, last)
     cycle = begin_cycle(
         registry,
         {
@@ -161,6 +165,16 @@ def _find_cycle(
         },
     )
     return cycle, inputs
+
+
+def _supersede(registry: Registry, last: Mapping[str, Any] | None) -> None:
+    """Ends the last cycle where it is not over: no call will go on with it."""
+    if last is not None and last["outcome"] is None:
+        sentence = (
+            "Cut short, and superseded: the input or the settings are others now. What it promoted "
+            "stays"
+        )
+        end_cycle(registry, last["number"], _outcome(SUPERSEDED, sentence, ()))
 
 
 def cycle_key(
@@ -257,7 +271,7 @@ def _ask(registry: Registry, version: int, config: Config) -> "Verdict":
 
 
 def _outcome(
-    state: State,
+    state: str,
     sentence: str,
     held: Sequence[Mapping[str, Any]],
     version: int | None = None,

@@ -129,7 +129,9 @@ def loose_files(shards: Iterable[InputShard]) -> dict[str, str | None]:
     return {f.name: f.sha256 for s in shards if s.format == "files" for f in s.files}
 
 
-def keep_to(inputs: Inputs, shards: Mapping[str, str], loose: Mapping[str, str]) -> Inputs | None:
+def keep_to(
+    inputs: Inputs, shards: Mapping[str, str | None], loose: Mapping[str, str | None]
+) -> Inputs | None:
     """The input as it was when it had these shards; None where one has changed since, or is gone.
 
     Args:

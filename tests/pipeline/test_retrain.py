@@ -301,6 +301,24 @@ def test_a_cycle_that_was_killed_goes_on_with_its_own_shards_whatever_arrived(
     assert {"digits-0002.tar", "files-0001-of-0002"} <= model.used[2].keys()
 
 
+def test_a_killed_cycle_that_nothing_is_left_of_is_said_to_be_superseded(model: Model) -> None:
+    config = model.config(shards=(0, 1))
+    model.verdict = TrainingError("No. Try again.")
+    with pytest.raises(TrainingError):
+        model.retrain(config)
+    # Its shard goes, and the champion knows all that is left.
+    assert model.retrain(model.config()).state == "nothing_new"
+    last = last_cycle(model.registry)
+    assert last is not None
+    assert (last["number"], last["outcome"]["state"]) == (1, "superseded")
+    assert "the input or the settings are others now" in last["outcome"]["sentence"]
+    again = model.retrain(model.config())
+    assert again.sentence.startswith("Nothing new: no input shard")
+    # It comes back: it was never trained on.
+    model.verdict = Verdict(True, "better")
+    assert model.retrain(config).number == 2
+
+
 @pytest.mark.parametrize("shards", [(0, 2), (0, 2, 3)])
 def test_a_killed_cycle_whose_shard_is_gone_is_followed_by_another(
     model: Model, shards: Sequence[int]
@@ -313,6 +331,8 @@ def test_a_killed_cycle_whose_shard_is_gone_is_followed_by_another(
         ["digits-0001.tar"],
         [f"digits-000{k}.tar" for k in shards[1:]],
     ]
+    (outcome,) = model.registry.records("outcomes")
+    assert (outcome["number"], outcome["state"]) == (1, "superseded")
 
 
 def test_held_shards_are_left_out_and_the_others_go_on(model: Model) -> None:
