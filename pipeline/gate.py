@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.errors import BusyError
 from pipeline.leases import hold_lease
 from pipeline.lineage import describe_version
+from pipeline.notify import UNTOLD
 from pipeline.pinning import find_score, is_pinned, pin_first, score_differences, scores_of
 from pipeline.protocol import compare_records
 from pipeline.registry import ROLLBACK, Registry
@@ -43,6 +44,8 @@ def promote(context: StepContext) -> dict[str, Any]:
     document = describe_version(context.config, context.inputs, registry.versions())
     number = registry.add_version(document)["number"]
     verdict = ask(registry, number, context.config.promote)
+    if verdict.is_promoted:  # before the manifest: a kill from here on leaves it to the next run
+        context.storage.replace(f"{context.directory}/{UNTOLD}", b"")
     word = "promoted" if verdict.is_promoted else "kept"
     context.note(f"version {number} {word}: {verdict.reason}")
     return {

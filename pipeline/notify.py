@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from pipeline.errors import BusyError, RaydiffusionError, RefusedError
+from pipeline.errors import BusyError, RaydiffusionError, RefusedError, StorageError
 from pipeline.runs import read_run
 from pipeline.settings import Config
 from pipeline.workflow import Event as WorkflowEvent
@@ -27,6 +27,7 @@ T = TypeVar("T")
 Event = Literal["success", "failure", "promote"]
 VARIABLES = ("RAYDIFFUSION_EVENT", "RAYDIFFUSION_NOTIFICATION")
 SHOWN = 200  # characters of what a command said last
+UNTOLD = "untold"  # beside the result of `promote`, until its promotion was told
 
 
 def notify(
@@ -64,8 +65,9 @@ def notify(
 def tells_how_it_ended(function: Callable[P, T]) -> Callable[P, T]:
     """Has a function that runs a config tell how that ended: `run_config` of `driver.py`.
 
-    Success is told where something was done, a promotion where one was made just now. Ctrl-C, and
-    another process at the same run, are no failures.
+    Success is told where something was done; a promotion where one was made and was not told yet,
+    be it that the run that made it was killed. Ctrl-C, and another process at the same run, are no
+    failures.
     """
 
     @functools.wraps(function)
@@ -86,9 +88,13 @@ def tells_how_it_ended(function: Callable[P, T]) -> Callable[P, T]:
         describe = functools.partial(_describe_success, config, plans, outcome)
         if any(p.action != "cached" for plan in plans for p in plan.steps):
             tell("success", describe)
-            promotion = outcome.manifests.get("promote", {"metrics": {}})["metrics"]
-            if promotion.get("promoted") and "promote" in _steps_run(plans):
-                tell("promote", describe)
+        if "promote" in outcome.manifests:
+            with contextlib.suppress(StorageError):  # the next run tells it then
+                storage = plans[-1].storage
+                untold = f"steps/promote/{outcome.manifests['promote']['key']}/{UNTOLD}"
+                if storage.exists(untold):
+                    tell("promote", describe)
+                    storage.delete(untold)
         return outcome
 
     return run
@@ -178,10 +184,6 @@ def _describe_run(config: Config, plans: Sequence[Any]) -> dict[str, Any]:
     with contextlib.suppress(RaydiffusionError):  # the storage may be what failed
         facts["execution"] = read_run(storage, run)["executions"][-1]
     return facts | {"run": run, "root": storage.uri}
-
-
-def _steps_run(plans: Sequence[Any]) -> set[str]:
-    return {p.step.name for plan in plans for p in plan.steps if p.action != "cached"}
 
 
 def _run(command: Sequence[str], event: Event, content: bytes, timeout_s: float) -> str | None:

@@ -181,6 +181,16 @@ def test_a_version_knows_what_it_came_from(tiny_config: Path, tmp_path: Path) ->
     assert again["version"] == 3  # the same training, scored in the same way
 
 
+def test_a_promotion_is_untold_until_someone_tells_it(tiny_config: Path, tmp_path: Path) -> None:
+    config, root = load_config(tiny_config), str(tmp_path / "runs")
+    note = tmp_path / "runs" / "steps" / "promote" / "k" / "untold"
+    assert step_promote(config, root, manifests(100, 9.0))["promoted"]
+    assert note.exists()
+    note.unlink()
+    assert not step_promote(config, root, manifests(200, 99.0))["promoted"]
+    assert not note.exists()
+
+
 def promote_until_killed(config: Config, root: str, kill_after: int) -> None:
     """In a process of its own: the step, with SIGKILL right after the n-th file is in place."""
     link, count = os.link, [0]

@@ -28,6 +28,7 @@ from pipeline.storage import open_storage
 from pipeline.webhooks import RETRY_DELAYS_S
 
 SECRET = "T0K3N"
+UNTOLD = "steps/promote/k/untold"
 WRITE = "import os, sys; open(sys.argv[1], 'wb').write({what})"
 STDIN, FILE = (
     "sys.stdin.buffer.read()",
@@ -210,11 +211,15 @@ def make_runner(
         on_plan(plan)
         if error is not None:
             raise error
+        if actions.get("promote") == "run":
+            plan.storage.replace(UNTOLD, b"")
         metrics = {
             "evaluate": {"metric": "fid[x]", "value": 9.5},
             "promote": {"version": 2, "promoted": True, "reason": "lower"},
         }
-        manifests = {name: {"metrics": metrics.get(name, {})} for name in actions}
+        manifests = {
+            name: {"step": name, "key": "k", "metrics": metrics.get(name, {})} for name in actions
+        }
         return SimpleNamespace(plan=plan, manifests=manifests, report="r.html", search=None)
 
     return run
@@ -245,6 +250,20 @@ def test_what_is_told_of_a_run_that_ends_well(
         document = hook.got[0][2]
         assert document["text"] == "t: t-1 is done, fid[x] 9.5; version 2 promoted: lower"
         assert (document["report"], document["promotion"]["version"]) == ("r.html", 2)
+
+
+@pytest.mark.parametrize("report", ["run", "cached"])
+def test_a_promotion_that_a_kill_left_untold_is_told_by_the_next_run_and_once(
+    tmp_path: Path, hook: Hook, report: str
+) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.replace(UNTOLD, b"")  # as the step promote leaves it
+    actions = {"evaluate": "cached", "promote": "cached", "report": report}
+    for _ in range(2):
+        tell_all(hook, make_runner(tmp_path, actions))
+    told = [document["event"] for _, _, document in hook.got]
+    assert told == (["success", "promote", "success"] if report == "run" else ["promote"])
+    assert not storage.exists(UNTOLD)
 
 
 def test_failures_are_told_but_not_that_another_process_is_at_it(
