@@ -76,7 +76,8 @@ def screen(
     )
     if not lots:
         return [], []
-    book = _Book(registry, findings, basis.evaluation, cycle["number"], observer)
+    count = basis.pinned["reference"]["metrics"]["counts"]["train"]
+    book = _Book(registry, findings, basis.evaluation, count, cycle["number"], observer)
     if not config.retrain.check_drift:
         book.let_pass(lots, UNCHECKED)
         return [], []
@@ -106,6 +107,7 @@ class _Book:
     registry: Registry
     findings: Mapping[str, Mapping[str, Any]]  # of the cycles before
     evaluation: int
+    num_training: int  # images in the pinned reference
     cycle: int
     observer: Observer
     held: list[dict[str, Any]] = field(default_factory=list)
@@ -142,9 +144,15 @@ class _Book:
             self._tell(f"{names} held as before: too few new items to be tested again")
             self.held += [dict(self.findings[lot.sha256]) for lot in judged.lots]
             return
-        self._tell(
-            f"{names} used untested: too few new items, or too few images in the pinned reference"
-        )
+        from pipeline.scores.drift import MIN_TRAINING  # torch: not where nothing is new
+
+        why = "too few new items"
+        if self.num_training < MIN_TRAINING:
+            why = (
+                f"the pinned reference has {self.num_training:,} training images, and the test "
+                f"takes {MIN_TRAINING}; `raydiffusion accept-reference CONFIG` pins others"
+            )
+        self._tell(f"{names} used untested: {why}")
         for lot in judged.lots:
             self.unjudged.append(lot.name)
             if items := judged.items.get(lot.sha256):

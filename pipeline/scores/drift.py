@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.scores.frechet import FeatureSums, Reference, sum_features
 
 MIN_ITEMS = 32  # fewer are not judged: their distance is chance
+MIN_TRAINING = 2 * MIN_ITEMS  # real images; at most half of them are drawn at a time
 MAX_ITEMS = 10_000  # that are looked at
 MAX_TRAINING = 4 * MAX_ITEMS  # real images of which random ones are drawn
 SUBSETS_OF_FEW_FEATURES, SUBSETS_OF_MANY = 200, 20  # each costs a distance

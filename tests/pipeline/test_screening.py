@@ -74,7 +74,7 @@ class World:
         self.config_path, self.make_tar = config_path, make_tar
         self.storage = LocalStorage(str(directory / "runs"))
         self.registry = Registry(self.storage, "tiny")
-        self.basis: Basis | None = None
+        self.basis = Basis({})
         self.cycle, self.seed = 0, 0
         self.notes: list[str] = []
         self.forwarded: list[FeatureFile] = []
@@ -107,7 +107,7 @@ class World:
         version = {"key": manifest["key"], "lineage": {"preprocess": manifest["key"]}}
         number = self.registry.add_version(version)["number"]
         self.registry.promote(number, "good")
-        if self.basis is None:
+        if not self.basis.pinned:
             self.registry.add_record("evaluations", (), {"reference": "r"})
             self.basis = Basis(
                 {"features": FEATURES, "reference": self._refer_to(manifest)}, evaluation=1
@@ -288,6 +288,21 @@ def test_shards_too_small_to_be_tested_are_tested_together(of_tars: World) -> No
     assert of_tars.screen() == (["a.tar"], [])
     assert "a.tar held as before: too few new items to be tested again" in of_tars.notes
     assert of_tars.screen("retrain.check_drift=false") == ([], [])
+
+
+def test_a_reference_of_too_few_images_to_test_with_is_said_with_the_number(world: World) -> None:
+    world.add_tar("old.tar", honest, 65)
+    world.promote()
+    count = world.basis.pinned["reference"]["metrics"]["counts"]["train"]
+    assert FEW < count < 64
+    world.add_tar("x.tar", noise, 100)
+    world.add_tar("y.tar", noise, FEW)
+    assert world.screen() == ([], ["x.tar", "y.tar"])
+    assert world.notes == [
+        f"{name} used untested: the pinned reference has {count} training images, and the test "
+        "takes 64; `raydiffusion accept-reference CONFIG` pins others"
+        for name in ("x.tar", "y.tar")
+    ]
 
 
 def test_what_was_let_in_untested_is_remembered(of_tars: World) -> None:
