@@ -110,9 +110,9 @@ class _Experiment:
             return entry
 
         # Before Ray Tune starts, so that a space without anything feasible is said at once, and
-        # none starts for a space without anything new.
-        for _ in later[:2]:
-            if later and (entry := propose()) is not None:
+        # none starts for one without anything new. No more: what waits is to be learned from first.
+        while later and (later[0] <= 1 or not waiting):
+            if (entry := propose()) is not None:
                 waiting.append(entry)
 
         def source() -> Entry | None:

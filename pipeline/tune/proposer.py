@@ -1,7 +1,8 @@
 """Ask and tell over Optuna: what to try next, given what is known. No Ray here.
 
-Proposal n is drawn by a sampler seeded with (seed, n), so that an experiment which is continued
-goes on as it would have: what was proposed and found is told again, and no state is unpickled.
+Proposal n is drawn by a sampler seeded with (seed, n), given what is known when it is asked for. So
+an experiment which is continued goes on as it would have, as far as its trials end in the same
+order: what was proposed and found is told again, and no state is unpickled.
 """
 
 import warnings

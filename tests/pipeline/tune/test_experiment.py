@@ -142,3 +142,20 @@ def test_what_is_known_to_be_exhausted_is_not_drawn_from_again(
     document, _ = search(OneByOne(), *FINITE, "tune.num_trials=6")
     monkeypatch.setattr(experiment.Proposer, "ask", None)
     assert search(OneByOne(), *FINITE, "tune.num_trials=6")[0] == document
+
+
+def test_a_search_killed_between_trials_proposes_what_it_would_have(
+    search: Callable[..., Any], records: Records
+) -> None:
+    def score(entry: Entry) -> float:
+        return sum(value for value in entry.choice.values() if isinstance(value, float))
+
+    overrides = ("tune.num_trials=18", "tune.stopping=none", "tune.num_finalists=1")
+    wide = "tune.space.linear.beta_start=[1e-6, 0.9]"  # much of it is refused
+    whole, _ = search(OneByOne(scores=score), *overrides, wide)
+    records.storage.delete(DIRECTORY)
+    for name in ("0001", "0005", "0012", "0016"):  # the last ones are TPE's
+        with pytest.raises(Killed):
+            search(OneByOne(kill_at=name, scores=score), *overrides, wide)
+    assert search(OneByOne(scores=score), *overrides, wide)[0] == whole
+    assert sum(len(trial["refused"]) for trial in whole["trials"]) > 0
