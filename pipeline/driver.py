@@ -60,6 +60,12 @@ class Plan:
         return self._does("train") or self._does("tune")
 
     @property
+    def series(self) -> str | None:
+        """The directory of the training to be made, below the root."""
+        steps = [p for p in self.steps if p.step.name == "train" and p.action != "cached"]
+        return steps[0].series_directory if steps else None
+
+    @property
     def draws(self) -> bool:
         """Whether samples are drawn."""
         return self._does("evaluate")
@@ -241,7 +247,13 @@ def run_config(
         )
     notes: list[str] = []
     if not planned.is_cached:
-        checks = before_ray(config, planned.storage, trains=planned.trains, draws=planned.draws)
+        checks = before_ray(
+            config,
+            planned.storage,
+            trains=planned.trains,
+            draws=planned.draws,
+            series=planned.series,
+        )
         notes = require(checks)
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
         # Another may have worked while we waited.
@@ -324,7 +336,13 @@ def bring_about(
     if record_needs(planned.storage, config.name, planned.steps):
         planned = make_plan(config, targets, subject=subject, basis=basis)
     if not planned.is_cached:
-        checks = before_ray(config, planned.storage, trains=planned.trains, draws=planned.draws)
+        checks = before_ray(
+            config,
+            planned.storage,
+            trains=planned.trains,
+            draws=planned.draws,
+            series=planned.series,
+        )
         _tell(require(checks), observer)
     with _capacity(config, planned, observer) as capacity:
         return execute(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.capacity import Note, check_drawing, check_fid, check_tasks, check_workers, list_nodes
+from pipeline.checkpoint_steps import complete_steps
 from pipeline.cluster import Node, connect, free_now, local_nodes, max_temp_length, ray_environment
 from pipeline.errors import ClusterError, ConfigError, DataError, RaydiffusionError, StorageError
 from pipeline.identities import InputFile
@@ -94,7 +95,12 @@ def examine(config: Config) -> Iterator[Check]:
 
 
 def before_ray(
-    config: Config, storage: Storage, *, trains: bool, draws: bool = False
+    config: Config,
+    storage: Storage,
+    *,
+    trains: bool,
+    draws: bool = False,
+    series: str | None = None,
 ) -> Iterator[Check]:
     """The checks that need no Ray.
 
@@ -103,10 +109,11 @@ def before_ray(
         storage: its root.
         trains: whether training will run, under Ray Train or torchrun.
         draws: whether samples will be drawn.
+        series: directory of the training that may go on, below the root.
     """
     yield _check("model", _check_model, config)
     yield _check("storage", _check_storage, storage)
-    yield _check("disk", _check_disk, storage, config, trains)
+    yield _check("disk", _check_disk, storage, config, trains, series)
     yield _check("time-outs", _check_timeouts, ray_environment(config))
     nodes = local_nodes(config)
     if trains and (world := torchrun_world()) is not None:
@@ -199,17 +206,12 @@ def _check_storage(storage: Storage) -> str:
     return f"{storage.uri} is written and read back, and refuses to overwrite"
 
 
-def _check_disk(storage: Storage, config: Config, trains: bool) -> str:
+def _check_disk(storage: Storage, config: Config, trains: bool, series: str | None) -> str:
     details: list[str] = []
     if isinstance(storage, LocalStorage):
         free = shutil.disk_usage(_existing(storage.uri)).free
-        needed = _bytes_of_checkpoints(config) if trains else 0
-        if free < needed:
-            raise StorageError(
-                f"The storage root {storage.uri} has {in_bytes(free)} free, and "
-                f"{_count_checkpoints(config)} checkpoints need {in_bytes(needed)}. Free space, "
-                "raise train.keep_every where it is set, or set storage.root to another place."
-            )
+        if trains:
+            _check_room(storage, config, free, series)
         details.append(f"{in_bytes(free)} free at the storage root")
     temp = tempfile.gettempdir()
     if config.cluster.address is None and len(temp) > max_temp_length():
@@ -224,19 +226,32 @@ def _check_disk(storage: Storage, config: Config, trains: bool) -> str:
     return Note(detail) if isinstance(details[-1], Note) else detail
 
 
-def _count_checkpoints(config: Config) -> int:
-    """The most that are there at once."""
-    every = config.train.keep_every
-    return CHECKPOINTS + (0 if every is None else config.train.num_steps // every)
-
-
-def _bytes_of_checkpoints(config: Config) -> int:
+def _check_room(storage: Storage, config: Config, free: int, series: str | None) -> None:
+    """Refuses a root without room for the checkpoints that are still to come."""
     from pipeline.models import count_parameters
 
     try:
-        return _count_checkpoints(config) * SAVED_BYTES_PER_WEIGHT * count_parameters(config)
+        size = SAVED_BYTES_PER_WEIGHT * count_parameters(config)
     except ConfigError:  # said by the check of the model
-        return 0
+        return
+    num_steps, every = config.train.num_steps, config.train.keep_every
+    most = CHECKPOINTS + (0 if every is None else num_steps // every)
+    steps = [] if series is None else complete_steps(storage, series)
+    there = sum(step <= num_steps for step in steps)
+    # However many are there, the next one is written before any of them goes.
+    count = max(most - there, 1)
+    if free >= count * size:
+        return
+    more = " more" if there else ""
+    needs = f"{count}{more} checkpoint needs" if count == 1 else f"{count}{more} checkpoints need"
+    where = ""
+    if there:
+        where = f" elsewhere on that disk (training goes on from the {there} that are there)"
+    raise StorageError(
+        f"The storage root {storage.uri} has {in_bytes(free)} free, and {needs} "
+        f"{in_bytes(count * size)}. Free space{where}, raise train.keep_every where it is set, or "
+        "set storage.root to another place."
+    )
 
 
 def _existing(path: str) -> Path:

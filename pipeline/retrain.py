@@ -217,8 +217,12 @@ def _go_through(
         )
     with contextlib.ExitStack() as stack:
         with failure_is_told(config, observer):
-            if not make_plan(config, basis=basis).is_cached:
-                require(before_ray(config, registry.storage, trains=True, draws=True))
+            planned = make_plan(config, basis=basis)
+            if not planned.is_cached:
+                checks = before_ray(
+                    config, registry.storage, trains=True, draws=True, series=planned.series
+                )
+                require(checks)
                 stack.enter_context(connect(config))  # one Ray for all of the cycle
             held, unjudged = screen(registry, config, shards, cycle, basis, observer)
         facts: dict[str, Any] = {

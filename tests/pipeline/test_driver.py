@@ -1,13 +1,15 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline import driver
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.driver import Basis, bring_about, run_config
-from pipeline.errors import ConfigError, DataError
+from pipeline.driver import Basis, bring_about, make_plan, run_config
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.pinning import read_document
 from pipeline.sources import list_inputs
 from pipeline.storage import open_storage
@@ -76,3 +78,21 @@ def test_work_keeps_to_the_input_that_it_is_given(
     fresh = load_config(tiny_config, [*settings[:1], f"storage.root={other}"])
     with pytest.raises(DataError, match=r"digits-0001\.tar changed since the run was planned"):
         preprocess_shard(inputs.shards[1], fresh.data, open_storage(str(other)))
+
+
+def test_the_preflight_is_told_which_training_goes_on(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config, [f"storage.root={tmp_path / 'root'}"])
+    train = next(p for p in make_plan(config, ("train",)).steps if p.step.name == "train")
+    told: list[Any] = []
+
+    def refuse(*_: Any, series: str | None = None, **more: Any) -> Any:
+        told.append(series)
+        raise StorageError("Looked far enough. Stop.")
+
+    monkeypatch.setattr(driver, "before_ray", refuse)
+    for targets in (("train",), ("preprocess",)):
+        with pytest.raises(StorageError, match="far enough"):
+            run_config(config, targets, observer=lambda event: None)
+    assert told == [train.series_directory, None]

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from pipeline.workflow import Event
 from ..conftest import DIGITS, TINY
 
 
-def checks_of(config: Config, storage: Storage, *, trains: bool = True) -> dict[str, Check]:
-    return {check.name: check for check in before_ray(config, storage, trains=trains)}
+def checks_of(
+    config: Config, storage: Storage, *, trains: bool = True, **more: Any
+) -> dict[str, Check]:
+    return {check.name: check for check in before_ray(config, storage, trains=trains, **more)}
 
 
 @pytest.fixture
@@ -84,21 +86,69 @@ def test_a_network_that_cannot_be_is_refused(config: Config, storage: Storage) -
     assert checks["disk"].status == "ok"
 
 
-def test_a_root_without_room_for_checkpoints_is_refused(
-    config: Config, storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = 4 * 16 * 45_849
+ONE = 16 * 45_849  # bytes of a checkpoint
+
+
+@pytest.fixture
+def leave_free(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Leaves so many bytes free at the root."""
     real = shutil.disk_usage
 
-    def nearly_full(path: Any) -> Any:
-        is_root = str(path).startswith(str(Path(storage.uri).parent))
-        return real(path)._replace(free=needed - 1) if is_root else real(path)
+    def leave(free: int) -> None:
+        def usage(path: Any) -> Any:
+            is_root = str(path).startswith(str(Path(storage.uri).parent))
+            return real(path)._replace(free=free) if is_root else real(path)
 
-    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+
+    return leave
+
+
+def test_a_root_without_room_for_checkpoints_is_refused(
+    config: Config, storage: Storage, leave_free: Callable[[int], None]
+) -> None:
+    leave_free(4 * ONE - 1)
     check = checks_of(config, storage)["disk"]
     assert isinstance(check.error, StorageError)
     assert "has 2.8 MiB free, and 4 checkpoints need 2.8 MiB. Free space" in check.detail
     assert checks_of(config, storage, trains=False)["disk"].status == "ok"
+    leave_free(4 * ONE)
+    assert checks_of(config, storage)["disk"].status == "ok"
+
+
+def test_checkpoints_that_are_there_need_no_room_again(
+    tiny_config: Path, storage: Storage, leave_free: Callable[[int], None]
+) -> None:
+    kept = load_config(tiny_config, ["cluster.num_cpus=2", "train.keep_every=50"])
+    for step in (50, 100, 150):
+        storage.create(f"s/checkpoints/{step:09d}/manifest.json", b"{}")
+    storage.create("s/checkpoints/000000200/model.safetensors", b"half")
+    storage.create("s/checkpoints/000000900/manifest.json", b"{}")  # of a longer training
+    storage.create("s/checkpoints/.DS_Store", b"x")
+
+    def check(free: int, **more: Any) -> Check:
+        leave_free(free)
+        return checks_of(kept, storage, **more)["disk"]
+
+    # Ten at most: six multiples of 50, the latest two, the best, and one being written.
+    assert check(10 * ONE - 1).status == "failed"
+    assert check(7 * ONE, series="s").status == "ok"
+    refused = check(7 * ONE - 1, series="s")
+    assert isinstance(refused.error, StorageError)
+    assert "has 4.9 MiB free, and 7 more checkpoints need 4.9 MiB. Free space" in refused.detail
+    assert "elsewhere on that disk (training goes on from the 3 that are there)" in refused.detail
+
+
+def test_one_more_checkpoint_is_always_written_beside_those_that_are_there(
+    config: Config, storage: Storage, leave_free: Callable[[int], None]
+) -> None:
+    for step in range(10, 100, 10):  # more than are kept any more
+        storage.create(f"s/checkpoints/{step:09d}/manifest.json", b"{}")
+    leave_free(ONE)
+    assert checks_of(config, storage, series="s")["disk"].status == "ok"
+    leave_free(ONE - 1)
+    check = checks_of(config, storage, series="s")["disk"]
+    assert "and 1 more checkpoint needs" in check.detail
 
 
 def test_temporary_files_need_room_and_a_short_path(
