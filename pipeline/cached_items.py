@@ -109,7 +109,9 @@ class CachedItems:
         self._plan = plan = self._make_plan(uses)
 
         def fetch(number: int) -> None:
-            self._cache.fetch(self._shards[number].file, lambda: self._files(plan.known()))
+            file = self._shards[number].file
+            # The reader is the one to be patient: it waits for a fetch that is under way.
+            self._cache.fetch(file, lambda: self._files(plan.known()), tries_again=False)
 
         self._prefetcher = Prefetcher(plan, fetch)
 

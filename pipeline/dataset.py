@@ -25,7 +25,7 @@ from pipeline.cached_items import (
 from pipeline.errors import DataError, StorageError
 from pipeline.hidden import estimate_hidden
 from pipeline.settings import CACHE_BYTES, NOT_OF_THE_DATA_SET, DataConfig
-from pipeline.shard_cache import RemoteFile, ShardCache
+from pipeline.shard_cache import PATIENCE_S, RemoteFile, ShardCache
 from pipeline.shards import ArrowFile, ArrowItems, Items, number_classes
 from pipeline.sources import InputShard
 from pipeline.storage import STORAGE_THREADS, LocalStorage, Storage, damaged
@@ -43,6 +43,7 @@ def open_split(
     *,
     whole: bool = True,
     cache_bytes: int = CACHE_BYTES,
+    patience_s: float = PATIENCE_S,
 ) -> Items:
     """Opens the items of one split of a preprocessed data set; see `open_shards`.
 
@@ -52,6 +53,7 @@ def open_split(
         split: `train`, `validation` or `test`.
         whole: whether all of it is going to be read at random.
         cache_bytes: `data.cache_bytes`.
+        patience_s: how long a remote shard that cannot be read is tried again, in seconds.
 
     Raises:
         DataError: it is remote, to be read at random, and larger than the cache.
@@ -59,7 +61,8 @@ def open_split(
     """
     document = read_dataset(storage, manifest)
     shards = document["shards"]
-    return open_shards(storage, document, shards, split, whole=whole, cache_bytes=cache_bytes)
+    how: dict[str, Any] = {"whole": whole, "cache_bytes": cache_bytes, "patience_s": patience_s}
+    return open_shards(storage, document, shards, split, **how)
 
 
 def open_shards(
@@ -70,6 +73,7 @@ def open_shards(
     *,
     whole: bool = True,
     cache_bytes: int = CACHE_BYTES,
+    patience_s: float = PATIENCE_S,
 ) -> Items:
     """Opens the items that came from some input shards.
 
@@ -83,6 +87,7 @@ def open_shards(
         split: `train`, `validation` or `test`.
         whole: whether all of it is going to be read at random.
         cache_bytes: `data.cache_bytes`.
+        patience_s: how long a remote shard that cannot be read is tried again, in seconds.
 
     Raises:
         DataError: it is remote, to be read at random, and larger than the cache.
@@ -90,7 +95,8 @@ def open_shards(
     """
     files = _files_of(shards, split)
     if not isinstance(storage, LocalStorage):
-        remote, cache = _remote(files), ShardCache(storage, cache_bytes)
+        remote = _remote(files)
+        cache = ShardCache(storage, cache_bytes, patience_s=patience_s)
         if whole:
             return fetch_all(remote, cache, document["classes"])
         label_ids = number_classes(document["classes"])

@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from pipeline.shard_cache import CacheFullError
+from pipeline.shard_cache import CacheFullError, PassingError
 from pipeline.shards import ShardUse
 
 THREADS = 4  # one connection does not fill a network
 FULL_DELAY_S = 1.0  # until it is tried again whether there is room
+AWAY_DELAY_S = 5.0  # until a storage that did not answer is asked again
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -121,12 +122,21 @@ class ShardPlan:
             while shard in self._fetching:
                 self._changed.wait()
 
-    def put_back(self, shard: int, delay_s: float) -> None:
-        """There was no room for a shard that was taken: it is taken again later."""
+    def put_back(self, shard: int, delay_s: float, *, or_on_change: bool = False) -> None:
+        """A shard that was taken did not come: it is taken again later.
+
+        Args:
+            shard: its number.
+            delay_s: how long this waits before.
+            or_on_change: whether not so long when the reader gets on, or another shard is there.
+        """
         with self._changed:
             self._fetching.discard(shard)
             self._changed.notify_all()
-            self._changed.wait(delay_s)
+            if or_on_change:
+                self._changed.wait(delay_s)
+            else:
+                self._changed.wait_for(lambda: self._is_closed or self.error, delay_s)
             self._taken.discard(shard)
 
     def fail(self, error: Exception) -> None:
@@ -212,7 +222,9 @@ class Prefetcher:
             try:
                 self._fetch(shard)
             except CacheFullError:
-                self._plan.put_back(shard, FULL_DELAY_S)
+                self._plan.put_back(shard, FULL_DELAY_S, or_on_change=True)
+            except PassingError:  # the reader tells, if it comes to need the shard before
+                self._plan.put_back(shard, AWAY_DELAY_S)
             except Exception as error:  # whatever it is, the reader is to know
                 self._plan.fail(error)
             finally:

@@ -20,6 +20,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, StorageError
+from pipeline.patience import Patience
 from pipeline.shards import open_table
 from pipeline.storage import Storage, damaged
 
 DIRECTORY_VARIABLE = "RAYDIFFUSION_CACHE"
-RETRY_DELAYS_S = (1, 2, 4, 8, 16, 32)  # a storage that is away for a minute is waited for
+PATIENCE_S = 60.0  # with a storage that is away, where nobody says more
 BUSY_DELAY_S = 0.1  # until the files that others are fetching are there
 BUSY_TOLD_EVERY = 300  # such delays
 
@@ -69,6 +71,10 @@ def cache_directory() -> Path:
     return path
 
 
+class PassingError(Exception):
+    """Who asked once should ask again: the root does not answer, or the disk takes nothing."""
+
+
 class ShardCache:
     """The cached shards of one root. Threads may use it side by side.
 
@@ -76,7 +82,9 @@ class ShardCache:
         storage: the root.
         max_bytes: of all files in the directory together.
         directory: `cache_directory()` when not given.
-        pause: waits this many seconds; the clock of the retries.
+        patience_s: how long a shard that cannot be read is tried again, in seconds.
+        pause: waits this many seconds.
+        clock: seconds.
     """
 
     def __init__(
@@ -85,13 +93,16 @@ class ShardCache:
         max_bytes: int,
         directory: Path | None = None,
         *,
+        patience_s: float = PATIENCE_S,
         pause: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_bytes = max_bytes
         self.directory = (directory or cache_directory()) / "shards"
         self._storage = storage
         self._closed = threading.Event()
         self._pause = pause or self._closed.wait
+        self._patience = Patience(patience_s, self._pause, clock)
         self._checked: dict[str, int] = {}  # inode of what was found good, by hash
 
     def close(self) -> None:
@@ -110,23 +121,25 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 return open_table(path)
 
-    def fetch(self, file: RemoteFile, keep: Keep = tuple) -> Path:
+    def fetch(self, file: RemoteFile, keep: Keep = tuple, *, tries_again: bool = True) -> Path:
         """Sees to it that a shard is on local disk and is what its hash says.
 
         Args:
             file: the shard.
             keep: names the shards that are not deleted, at the time when room is made.
+            tries_again: whether a root that does not answer is asked again, with patience; else
+                what may pass is a PassingError.
 
         Returns:
             Where it is, unless another process deletes it.
 
         Raises:
             CacheFullError: what is kept leaves no room.
-            StorageError: the root does not answer for a minute, the shard there is damaged, or
-                the directory cannot be written.
+            StorageError: the root does not answer, the shard there is damaged, or the directory
+                cannot be written.
         """
         path = self.path_of(file)
-        with self._as_storage_error():
+        with self._as_storage_error(StorageError if tries_again else PassingError):
             self.directory.mkdir(parents=True, exist_ok=True)
             for attempt in itertools.count(1):
                 if self._is_good(path, file.sha256):
@@ -147,7 +160,7 @@ class ShardCache:
                             )
                         self._pause(BUSY_DELAY_S)
                         continue
-                    content = self._read(file)
+                    content = self._read(file, tries_again)
                     with open(staged, "wb", closefd=False) as out:
                         out.write(content)  # not flushed to disk: whoever opens it checks it
                     with self._lock():
@@ -240,35 +253,40 @@ class ShardCache:
         """Of the directory: what is in it changes under it, but for damaged files."""
         return _locked(self.directory / "lock")
 
-    def _read(self, file: RemoteFile) -> bytes:
-        """The content from the root, with patience, and checked."""
-        for delay_s in (*RETRY_DELAYS_S, None):
-            try:
-                content = self._storage.read(file.path)
-            except FileNotFoundError as error:
-                raise damaged(self._storage, file.path) from error
-            except StorageError as error:
-                is_lasting = isinstance(error.__cause__, PermissionError)
-                if delay_s is None or is_lasting or self._closed.is_set():
-                    raise
-                logger.warning("Reading is tried again in %d s. %s", delay_s, error)
-                self._pause(delay_s)
-            else:
-                if hashlib.sha256(content).hexdigest() != file.sha256:
-                    raise damaged(self._storage, file.path)
-                return content
-        raise AssertionError
+    def _read(self, file: RemoteFile, tries_again: bool) -> bytes:
+        """The content from the root, checked."""
+
+        def is_lasting(error: StorageError) -> bool:
+            return not tries_again or _is_forbidden(error) or self._closed.is_set()
+
+        try:
+            content = self._patience.until_done(
+                lambda: self._storage.read(file.path), f"{file.path} is not read", is_lasting
+            )
+        except FileNotFoundError as error:
+            raise damaged(self._storage, file.path) from error
+        except StorageError as error:
+            if tries_again or _is_forbidden(error):
+                raise
+            raise PassingError(str(error)) from error
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise damaged(self._storage, file.path)
+        return content
 
     @contextlib.contextmanager
-    def _as_storage_error(self) -> Iterator[None]:
+    def _as_storage_error(self, kind: type[Exception] = StorageError) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StorageError(
+            raise kind(
                 f"The shard cache in {self.directory} cannot be used: {error.strerror or error}. "
                 f"Free space there, lower data.cache_bytes, or set {DIRECTORY_VARIABLE} to a "
                 "directory on a local disk that can be written."
             ) from error
+
+
+def _is_forbidden(error: StorageError) -> bool:
+    return isinstance(error.__cause__, PermissionError)
 
 
 @contextlib.contextmanager

@@ -116,15 +116,16 @@ def train_in_process(
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun and Ray Train set it
     _await_storage(storage, data, train.storage_patience_s)
     _check_cache(config, storage, data, min(on_node, world_size), world_size)
-    cache_bytes = config.data.cache_bytes
-    items = open_split(storage, data, "train", whole=window is None, cache_bytes=cache_bytes)
+    how: dict[str, Any] = {
+        "cache_bytes": config.data.cache_bytes,
+        "patience_s": train.storage_patience_s,
+    }
+    items = open_split(storage, data, "train", whole=window is None, **how)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(items))
         validation = None
         if train.validate_every:
-            validation = open_split(
-                storage, data, "validation", whole=False, cache_bytes=cache_bytes
-            )
+            validation = open_split(storage, data, "validation", whole=False, **how)
             stack.enter_context(contextlib.closing(validation))
             if not len(validation):
                 raise DataError(

@@ -81,7 +81,8 @@ class TrainConfig(Section):
         default=120.0,
         ge=0,
         le=MAX_PATIENCE_S,
-        description="how long a checkpoint that cannot be written or read is tried again",
+        description="how long a checkpoint that cannot be written or read, or a shard that cannot "
+        "be read, is tried again",
     )
     seed: Seed = Field(default=0, description="of the weights, the order and the noise")
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import prefetch
 from pipeline.cached_items import CachedItems, RemoteShard, check_window_fits, fetch_all
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
@@ -49,11 +50,12 @@ class Bucket:
         file = RemoteFile(path, hash_content(content), size_of_content(content))
         self.shards.append(RemoteShard(file, ITEMS - len(excluded), excluded))
 
-    def open(self, room_for: float, shards: list[RemoteShard] | None = None) -> CachedItems:
+    def open(
+        self, room_for: float, shards: list[RemoteShard] | None = None, **options: Any
+    ) -> CachedItems:
         """With room in the cache for so many shards."""
-        cache = ShardCache(
-            self.storage, int(room_for * self.shards[0].file.num_bytes), self.directory
-        )
+        max_bytes = int(room_for * self.shards[0].file.num_bytes)
+        cache = ShardCache(self.storage, max_bytes, self.directory, **options)
         return CachedItems(shards or self.shards, (1, 8, 8), "uint8", cache, {"a": 0, "b": 1})
 
     def fetched(self) -> list[int]:
@@ -154,10 +156,10 @@ def test_shards_come_before_they_are_needed(bucket: Bucket, monkeypatch: Any) ->
     there = {shard: threading.Event() for shard in range(8)}
     fetch = ShardCache.fetch
 
-    def record(self: ShardCache, file: RemoteFile, keep: Any) -> Path:
+    def record(self: ShardCache, file: RemoteFile, keep: Any, **more: Any) -> Path:
         shard = int(file.path[-8:-6])
         before = self.holds(file)
-        path = fetch(self, file, keep)
+        path = fetch(self, file, keep, **more)
         if not before:
             events.append((threading.current_thread().name, shard))
             there[shard].set()
@@ -277,6 +279,51 @@ def test_a_fault_of_the_background_reaches_the_reader(bucket: Bucket, tmp_path: 
         assert bucket.fetched().count(2) == 1  # it was the thread's error
 
 
+def test_an_outage_while_what_is_needed_is_cached_is_over_when_it_is_over(
+    bucket: Bucket, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(prefetch, "AWAY_DELAY_S", 0.01)
+    for _ in range(6):
+        bucket.add()
+    tries = threading.Semaphore(0)
+
+    def be_away(method: str, path: str) -> bool:
+        if path.endswith(".arrow"):
+            tries.release()
+        return True
+
+    with contextlib.closing(bucket.open(room_for=2, patience_s=0)) as items:
+        items.prefetch(front_to_back(items.counts))
+        items.gather(np.arange(32))
+        items.gather(np.arange(32, 48))
+        bucket.store.fails = be_away  # the third shard has no room before the second is read
+        items.gather(np.arange(48, 64))
+        for _ in range(8):
+            assert tries.acquire(timeout=SECONDS)
+        bucket.store.heal()
+        everything = np.arange(64, len(items))
+        for ids in np.split(everything, 8):
+            assert np.array_equal(items.gather(ids)[:, 0, 0, 0], ids % 251)
+
+
+def test_the_reader_is_as_patient_as_it_is_told(bucket: Bucket) -> None:
+    for _ in range(3):
+        bucket.add()
+    waited: list[float] = []
+
+    def pause(seconds: float) -> None:
+        waited.append(seconds)
+        if sum(waited) >= 100:
+            bucket.store.heal()
+
+    bucket.store.fails = lambda method, path: path.endswith(".arrow")
+    options = {"patience_s": 120, "pause": pause, "clock": lambda: sum(waited)}
+    with contextlib.closing(bucket.open(room_for=3, **options)) as items:
+        items.prefetch(front_to_back(items.counts))
+        assert items.gather(np.arange(16))[:, 0, 0, 0].tolist() == list(range(16))
+    assert sum(waited) == 105
+
+
 def test_a_plan_can_be_replaced(bucket: Bucket) -> None:
     for _ in range(6):
         bucket.add()
@@ -344,6 +391,17 @@ def test_training_from_s3_equals_training_from_disk(
     )
     assert remote_rows == local_rows
     assert all(torch.equal(found[0].ema[name], found[1].ema[name]) for name in found[1].ema)
+    opened: list[float] = []
+    make = ShardCache.__init__
+
+    def record(self: ShardCache, *arguments: Any, patience_s: float, **options: Any) -> None:
+        opened.append(patience_s)
+        make(self, *arguments, patience_s=patience_s, **options)
+
+    monkeypatch.setattr(ShardCache, "__init__", record)
+    patient = [*settings, "data.cache_bytes=26000", "train.storage_patience_s=77"]
+    train_in_process(load_config(tiny_config, patient), remote, "patient", manifest)
+    assert opened == [77]
     small = load_config(tiny_config, [*settings, "data.cache_bytes=9000"])
     with pytest.raises(DataError, match=r"data\.shuffle_window = 64 may have"):
         train_in_process(small, remote, "small", manifest)

@@ -5,8 +5,9 @@ import threading
 
 import pytest
 
+from pipeline import prefetch
 from pipeline.prefetch import Prefetcher, ShardPlan
-from pipeline.shard_cache import CacheFullError
+from pipeline.shard_cache import CacheFullError, PassingError
 from pipeline.shards import ShardUse
 
 SECONDS = 10  # after which a test that waits has failed
@@ -164,6 +165,55 @@ def test_a_fault_of_a_thread_ends_the_fetching_and_is_kept() -> None:
     prefetcher.close()
     assert str(plan.error) in ("no 0", "no 1")
     assert plan.take() is None
+
+
+def test_a_storage_that_is_away_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "AWAY_DELAY_S", 0.001)
+    tried = threading.Semaphore(0)
+    is_away = True
+    got: set[int] = set()
+
+    def fetch(shard: int) -> None:
+        if is_away:
+            tried.release()
+            raise PassingError(f"no {shard}")
+        got.add(shard)
+        tried.release()
+
+    plan = make_plan(one_after_the_other(6))
+    prefetcher = Prefetcher(plan, fetch, num_threads=2)
+    for _ in range(20):  # of the two shards, again and again
+        assert tried.acquire(timeout=SECONDS)
+    assert plan.error is None
+    assert len(working()) == 2
+    is_away = False
+    while got != {0, 1}:
+        assert tried.acquire(timeout=SECONDS)
+    for shard in (0, 1):
+        plan.read(10, [shard])
+        plan.leave(shard)
+    while got != {0, 1, 2, 3}:
+        assert tried.acquire(timeout=SECONDS)
+    prefetcher.close()
+
+
+def test_a_storage_that_is_away_is_not_asked_by_each_thread_in_turn() -> None:
+    tried = threading.Semaphore(0)
+
+    def fetch(shard: int) -> None:
+        tried.release()
+        raise PassingError(f"no {shard}")
+
+    plan = make_plan(one_after_the_other(6))
+    prefetcher = Prefetcher(plan, fetch, num_threads=4)
+    for _ in range(2):  # there are two shards to fetch, and what one thread tells wakes the others
+        assert tried.acquire(timeout=SECONDS)
+    plan.wait_for(0)
+    plan.wait_for(1)
+    plan.fetched(7)
+    assert not tried.acquire(timeout=0.2)
+    prefetcher.close()  # and does not wait for the delay
+    assert working() == []
 
 
 def test_without_room_it_is_tried_again_when_something_is_over() -> None:

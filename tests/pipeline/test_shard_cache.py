@@ -17,7 +17,13 @@ import pytest
 
 from pipeline import shard_cache
 from pipeline.errors import ConfigError, StorageError
-from pipeline.shard_cache import CacheFullError, RemoteFile, ShardCache, cache_directory
+from pipeline.shard_cache import (
+    CacheFullError,
+    PassingError,
+    RemoteFile,
+    ShardCache,
+    cache_directory,
+)
 from pipeline.shards import write_arrow
 from pipeline.storage import LocalStorage, join_content, open_storage
 
@@ -155,7 +161,8 @@ def test_a_storage_that_is_away_for_a_minute_is_waited_for(
     storage: CountedStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     waited: list[float] = []
-    cache = open_cache(storage, tmp_path, 4, pause=waited.append)
+    clock = {"pause": waited.append, "clock": lambda: sum(waited)}
+    cache = open_cache(storage, tmp_path, 4, **clock)
     file = put(storage, 7)
 
     def be_away(path: str) -> None:
@@ -165,13 +172,17 @@ def test_a_storage_that_is_away_for_a_minute_is_waited_for(
     storage.before_read = be_away
     with caplog.at_level(logging.WARNING):
         assert number_in(cache.open_table(file)) == 7
-    assert waited == [1, 2, 4, 8, 16, 32]
-    assert "Reading is tried again in 32 s. Cannot read it: no route to host." in caplog.text
+    assert waited == [1, 2, 4, 8, 15, 15, 15]
+    assert (
+        "d/7.arrow is not read yet, next try in 15 s: Cannot read it: no route to host."
+        in caplog.text
+    )
 
 
 def test_patience_has_an_end(storage: CountedStorage, tmp_path: Path) -> None:
     waited: list[float] = []
-    cache = open_cache(storage, tmp_path, 4, pause=waited.append)
+    clock = {"pause": waited.append, "clock": lambda: sum(waited)}
+    cache = open_cache(storage, tmp_path, 4, patience_s=20, **clock)
     file = put(storage, 7)
 
     def fail(path: str) -> None:
@@ -180,8 +191,12 @@ def test_patience_has_an_end(storage: CountedStorage, tmp_path: Path) -> None:
     storage.before_read = fail
     with pytest.raises(StorageError, match="no route to host"):
         cache.fetch(file)
-    assert len(storage.reads) == 7
+    assert waited == [1, 2, 4, 8, 5]
+    assert len(storage.reads) == 6
     waited.clear()
+    with pytest.raises(PassingError, match="no route to host"):
+        cache.fetch(file, tries_again=False)
+    assert waited == []
     cache.close()
     with pytest.raises(StorageError, match="no route to host"):
         cache.fetch(file)
