@@ -15,6 +15,7 @@ from pipeline.errors import ClusterError, ConfigError
 
 SILENT_S = 30.0  # after that a connection is made anew: it may be dead without a word
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
+LOG_TRIES = 3  # to read the rest of the log when the job has ended
 
 
 class Followed(Protocol):
@@ -42,6 +43,9 @@ async def follow(
 ) -> Job:
     """Passes a job's log on until the job has ended, and returns it.
 
+    The log comes from the node of the job's process, its status from the head: what became of the
+    job is returned also where its log cannot be read any more.
+
     Args:
         server: the cluster.
         job_id: of the job.
@@ -55,32 +59,43 @@ async def follow(
         ClusterError: no answer for that long, or the cluster has forgotten the job.
     """
     written = 0
-    lost_at: float | None = None
+    is_lost = False  # the connection of the log, as it was told
+    silent_since: float | None = None  # the whole cluster
     wait_s = first_wait_s
+
+    def fail(error: ConnectionLostError) -> None:
+        nonlocal is_lost
+        if not is_lost:
+            tell(f"connection lost, trying again: {_fault(error)}")
+        is_lost = True
+
     while True:
         try:
             seen = 0
-            async for part in _until_silent(server.tail(job_id), silent_s):
-                new = part[max(0, written - seen) :]
-                seen += len(part)
-                if new:
-                    write(new)
-                    written = seen
-                if lost_at is not None:
-                    tell("connected again")
-                    lost_at, wait_s = None, first_wait_s
+            try:
+                async for part in _until_silent(server.tail(job_id), silent_s):
+                    new = part[max(0, written - seen) :]
+                    seen += len(part)
+                    if new:
+                        write(new)
+                        written = seen
+                    if is_lost:
+                        tell("connected again")
+                    is_lost, silent_since, wait_s = False, None, first_wait_s
+            except ConnectionLostError as error:
+                fail(error)
             job = server.job(job_id)
             if job.has_ended:
-                write(server.logs(job_id)[written:])  # a connection may close before its end
+                write(await _rest(server, job_id, written, tell, first_wait_s))
                 return job
-            lost_at, wait_s = None, first_wait_s
+            silent_since = None
+            if not is_lost:
+                wait_s = first_wait_s
         except ConnectionLostError as error:
+            fail(error)
             now = time.monotonic()
-            if lost_at is None:
-                lost_at = now
-                fault = str(error).split(". ", 1)[0]
-                tell(f"connection lost, trying again: {fault}")
-            if now + wait_s - lost_at > patience_s:
+            silent_since = now if silent_since is None else silent_since
+            if now + wait_s - silent_since > patience_s:
                 raise _gave_up(server.address, job_id, patience_s) from error
         except ConfigError as error:  # it was there when we began
             raise ClusterError(
@@ -89,6 +104,26 @@ async def follow(
             ) from error
         await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+async def _rest(
+    server: Followed, job_id: str, written: int, tell: Callable[[str], None], wait_s: float
+) -> str:
+    """What is left of the log of a job that has ended: a connection may close before its end."""
+    fault = ""
+    for tries_left in reversed(range(LOG_TRIES)):
+        try:
+            return server.logs(job_id)[written:]
+        except (ClusterError, ConfigError) as error:
+            fault = _fault(error)
+        if tries_left:
+            await asyncio.sleep(wait_s)
+    tell(f"the job has ended, and the rest of its log cannot be read: {fault}")
+    return ""
+
+
+def _fault(error: Exception) -> str:
+    return str(error).split(". ", 1)[0]
 
 
 def _gave_up(address: str, job_id: str, patience_s: float) -> ClusterError:

@@ -28,6 +28,7 @@ class Cluster:
         self, connections: list[tuple[list[str], Any]], states: list[Job | Exception]
     ) -> None:
         self.connections, self.states = connections, states
+        self.reads = self.unread = 0  # of the whole log; how many of them fail
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
         parts, end = self.connections.pop(0)
@@ -45,6 +46,9 @@ class Cluster:
         return state
 
     def logs(self, job_id: str) -> str:
+        self.reads += 1
+        if self.reads <= self.unread:
+            raise LOST
         return LOG
 
 
@@ -78,7 +82,7 @@ def test_a_dropped_connection_repeats_and_loses_nothing() -> None:
         (["one\ntwo\nthree\n"], LOST),
         (["one\ntwo\nthree\nfour\n"], None),
     ]
-    done, text, told = followed(Cluster(connections, [job("FAILED", 3)]))
+    done, text, told = followed(Cluster(connections, [*[job("RUNNING")] * 4, job("FAILED", 3)]))
     assert text == LOG
     assert done.exit_code == 3
     assert told == ["connection lost, trying again: gone", "connected again"] * 3
@@ -107,7 +111,7 @@ def test_a_lost_answer_on_the_job_is_asked_for_again() -> None:
 
 
 def test_a_cluster_that_stays_away_is_given_up_with_what_to_do() -> None:
-    cluster = Cluster([(["one\n"], LOST), *[([], LOST)] * 500], [])
+    cluster = Cluster([(["one\n"], LOST), *[([], LOST)] * 500], [LOST] * 500)
     with pytest.raises(ClusterError, match=r"no answer for 0 s.*attach j --address http://head"):
         followed(cluster, patience_s=0.02)
 
@@ -115,7 +119,31 @@ def test_a_cluster_that_stays_away_is_given_up_with_what_to_do() -> None:
 def test_a_cluster_started_anew_has_forgotten_the_job() -> None:
     unknown = ConfigError("no such job. List them.")
     with pytest.raises(ClusterError, match=r"has forgotten the job j.*Submit again"):
-        followed(Cluster([([], LOST), ([], unknown)], []))
+        followed(Cluster([([], LOST), ([], unknown)], [LOST]))
+
+
+@pytest.mark.parametrize("end", [None, LOST], ids=["the log closes", "the log is lost"])
+def test_a_job_that_ended_is_told_where_its_log_cannot_be_read(end: Any) -> None:
+    cluster = Cluster([(["one\n"], end)], [job("FAILED", 9)])
+    cluster.unread = 500
+    done, text, told = followed(cluster, patience_s=0)
+    assert (done.exit_code, text) == (9, "one\n")
+    assert told[-1] == "the job has ended, and the rest of its log cannot be read: gone"
+    assert 1 < cluster.reads < 10
+
+
+def test_the_rest_of_a_log_is_asked_for_again() -> None:
+    cluster = Cluster([(["one\n"], None)], [job("SUCCEEDED", 0)])
+    cluster.unread = 1
+    assert followed(cluster)[1:] == (LOG, [])
+
+
+def test_a_log_that_cannot_be_followed_does_not_end_the_following() -> None:
+    # The node of the job's process is away, and the head, which knows the job's status, is not.
+    cluster = Cluster([([], LOST)] * 6, [*[job("RUNNING")] * 5, job("SUCCEEDED", 0)])
+    done, text, told = followed(cluster, patience_s=0)
+    assert (done.exit_code, text) == (0, LOG)
+    assert told == ["connection lost, trying again: gone"]
 
 
 @pytest.mark.parametrize(
