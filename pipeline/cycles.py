@@ -50,7 +50,7 @@ def begin_cycle(registry: Registry, document: Mapping[str, Any]) -> dict[str, An
 
     Args:
         registry: of the model, whose cycle this process holds.
-        document: its key, shards, champion, start and evaluation.
+        document: its key, shards, loose files, champion, start and evaluation.
 
     Raises:
         BusyError: another process began one, its lease being taken for dead.
