@@ -104,6 +104,8 @@ class Learner:
     def learn(self, batch: Batch, step: int, meter: Meter) -> bool:
         """One optimiser step; False if loss or gradient is not finite on any rank: call `restore`.
 
+        One that the loss scale skips is done: it has lowered the scale.
+
         Args:
             batch: this rank's share of the global batch.
             step: its number, from 0.
@@ -131,15 +133,15 @@ class Learner:
         if self.world_size > 1:  # a loss may overflow on one rank whose gradient does not
             dist.all_reduce(is_finite, dist.ReduceOp.MIN)
         has_loss, has_gradient = torch.stack([is_finite.bool(), torch.isfinite(grad_norm)]).tolist()
-        if not has_loss or not (has_gradient or self.scaler.is_enabled()):
+        # With fp16 it may be the scale that was too large for the gradient: the scaler then lowers
+        # it, and the weights stay as they are. One of 1 is not to blame.
+        if not has_loss or not (has_gradient or self.scaler.get_scale() > 1):
             return False
-        # With fp16 it was the scale that was too large for the gradient: the scaler then lowers
-        # it, and leaves the weights as they are.
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         if has_gradient:
+            self.scaler.step(self.optimizer)
             self.ema.update(self.model)
-            meter.add_step(losses, grad_norm)
+        self.scaler.update()
+        meter.add_step(losses, grad_norm if has_gradient else None)
         return True
 
     def state(self) -> dict[str, Any]:

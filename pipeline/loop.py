@@ -248,9 +248,11 @@ class _Training:
             f"({self._culprits()}, last finite loss {'none' if loss is None else f'{loss:.4g}'})"
         )
         if self.num_rewinds > self.config.max_rewinds:
+            is_half = self.learner.dtype == torch.float16
+            or_exact = ', set train.precision = "fp32"' if is_half else ""
             raise TrainingError(
-                f"{fault}, after {self.num_rewinds - 1} rewinds. Lower train.learning_rate, or "
-                "raise train.max_rewinds, and run the same command again."
+                f"{fault}, after {self.num_rewinds - 1} rewinds. Lower train.learning_rate"
+                f"{or_exact}, or raise train.max_rewinds, and run the same command again."
             )
         self.skipped.append(number)
         self.writer.wait()

@@ -35,10 +35,16 @@ class Meter:
         of_sample = torch.stack([losses.detach().double(), torch.ones_like(losses).double()])
         self._totals += of_sample @ is_in.double()
 
-    def add_step(self, losses: Tensor, grad_norm: Tensor) -> None:
-        """Takes what a step that was done ended with: losses, and the gradient before clipping."""
+    def add_step(self, losses: Tensor, grad_norm: Tensor | None) -> None:
+        """Takes what a step that was done ended with.
+
+        Args:
+            losses: of its last samples.
+            grad_norm: before clipping; None: the loss scale skipped the step.
+        """
         self._num_steps += 1
-        self._grad_norms.append(grad_norm.detach())
+        if grad_norm is not None:
+            self._grad_norms.append(grad_norm.detach())
         self._last_losses = losses.detach()
 
     @property
@@ -58,7 +64,7 @@ class Meter:
             seconds: that this rank took.
 
         A quarter of the noise levels that no sample fell into has None, and so has the norm where
-        no step was done.
+        all steps were skipped.
         """
         totals, norms, steps = self._totals, self._grad_norms, self._num_steps
         self.restart()

@@ -1,8 +1,9 @@
 """The loop in one process: resuming, what is not finite, rows of metrics, precision."""
 
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_core import Diffusion
 from pipeline.batches import Batch, BatchMaker
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
@@ -21,6 +23,7 @@ from pipeline.settings import Config, TrainConfig
 from pipeline.stopwatch import Stopwatch
 from pipeline.storage import LocalStorage
 from pipeline.train import train_in_process
+from pipeline.validation import loss_of
 
 STEPS = 24
 
@@ -226,6 +229,38 @@ def test_what_the_loss_scale_skips_moves_nothing_and_is_in_no_row(
     assert row["grad_norm"] is None
     assert "Infinity" not in (tmp_path / "x" / "metrics.jsonl").read_text()
     assert equal(load(store, 1).ema, load(store, 1).model)
+
+
+def without_gradient(steps: Container[int]) -> Callable[..., torch.Tensor]:
+    """The loss as it is, but at these calls of it, from 1, with a gradient that is NaN."""
+    calls = itertools.count(1)
+
+    def make_loss(batch: Batch, model: torch.nn.Module, diffusion: Diffusion) -> torch.Tensor:
+        losses = loss_of(batch, model, diffusion)
+        if next(calls) in steps:  # the root of 0, whose slope is infinite, of 0 times a weight
+            losses = losses + (0 * next(model.parameters()).sum()).sqrt()
+        return losses
+
+    return make_loss
+
+
+@pytest.mark.parametrize("init_scale", [1.0, 2.0])
+def test_a_gradient_that_no_loss_scale_mends_is_treated_as_a_loss_that_is_not_finite(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    init_scale: float,
+) -> None:
+    scale_losses_by(monkeypatch, init_scale)
+    half = settings_of(config, precision="fp16")
+    monkeypatch.setattr("pipeline.learner.loss_of", without_gradient({14}))
+    once = load(train(half, tmp_path, data, "once"))
+    assert once.skipped == ((13,) if init_scale == 1 else ())
+    monkeypatch.setattr("pipeline.learner.loss_of", without_gradient(range(14, 100)))
+    message = r"\(in the gradient only, last finite loss [\d.]+\), after 2 rewinds. Lower .*fp32"
+    with pytest.raises(TrainingError, match=message):
+        train(settings_of(half, num_steps=40), tmp_path, data, "always")
 
 
 @pytest.mark.parametrize(
