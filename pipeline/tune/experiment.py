@@ -221,7 +221,7 @@ class _Experiment:
         return {
             "name": self.config.name,
             "metric": self.metric,
-            "protocol": trial_protocol(trial_config(self.config, []), self.context.inputs),
+            "protocol": self._protocol(),
             "rule": RULE,
             "verdict": _verdict_json(verdict),
             "recommended": verdict.recommended,
@@ -310,16 +310,26 @@ class _Experiment:
         )
 
     def _seeded(self, finalist: Entry, name: str, k: int) -> Entry:
-        overrides = [*finalist.overrides, f"train.seed={self.config.train.seed + k}"]
+        """A finalist, trained and scored with noise of its own; all finalists with the same."""
+        overrides = [
+            *finalist.overrides,
+            f"train.seed={self.config.train.seed + k}",
+            f"evaluate.seed={self.config.evaluate.seed + k}",
+        ]
         return Entry(name, finalist.number, finalist.choice, overrides, self._key(overrides))
 
     def _key(self, overrides: Sequence[str]) -> str:
         return trial_key(trial_config(self.config, overrides), self.context.inputs)
 
+    def _protocol(self) -> dict[str, Any]:
+        """Of all scores: that of a trial, and the seeds that those of finalists have instead."""
+        protocol = trial_protocol(trial_config(self.config, []), self.context.inputs)
+        seeds = [self.config.evaluate.seed + k for k in range(1, self.config.tune.num_seeds + 1)]
+        return json.loads(json.dumps(protocol | {"finalist_seeds": seeds}))
+
     def _check_protocol(self) -> None:
         """Scores under two protocols would not compare: other versions may make another."""
-        protocol = trial_protocol(trial_config(self.config, []), self.context.inputs)
-        protocol = json.loads(json.dumps(protocol))
+        protocol = self._protocol()
         begun = self.records.keep_protocol(protocol)
         if differing := differences(begun, protocol):
             raise EvaluationError(

@@ -1,7 +1,8 @@
 """Which finalist is best, if any can be told apart from chance.
 
 The finalists were chosen because their one score was low, which is in part luck. So each is trained
-again with seeds that the choice has not seen, and only those scores are compared.
+again with seeds, and scored with noise, that the choice has not seen, and only those scores are
+compared.
 """
 
 import math
@@ -13,12 +14,13 @@ import numpy as np
 
 LEVEL = 0.95
 RULE = (
-    "Each finalist is trained again with fresh seeds. The one with the lowest mean is called best "
-    "only if, against every other finalist, the whole of Welch's interval of the difference of "
-    "means lies on its side (95% over all comparisons together, after Bonferroni). Otherwise those "
-    "that cannot be told from it are not distinguishable, and the config as it is is recommended "
-    "if it is one of them. Who failed with one of its seeds cannot be told from any, and what is "
-    "recommended is found among the others as if it were not there, unless there are none."
+    "Each finalist is trained again with fresh seeds, and scored with fresh noise. The one with "
+    "the lowest mean is called best only if, against every other finalist, the whole of Welch's "
+    "interval of the difference of means lies on its side (95% over all comparisons together, "
+    "after Bonferroni). Otherwise those that cannot be told from it are not distinguishable, "
+    "and the config as it is is recommended if it is one of them. Who failed with one of its "
+    "seeds cannot be told from any, and what is recommended is found among the others as if it "
+    "were not there, unless there are none."
 )
 
 

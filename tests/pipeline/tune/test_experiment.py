@@ -8,15 +8,24 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
+from pipeline.extractors.naming import ARTIFACT
+from pipeline.protocol import differences
 from pipeline.storage import LocalStorage
 from pipeline.tune import experiment
 from pipeline.tune.experiment import _Experiment
 from pipeline.tune.proposer import MAX_REFUSALS
 from pipeline.tune.records import Entry, Records, Result, Rung
 from pipeline.tune.scheduling import OnEnd, Source
+from pipeline.tune.scoring import trial_protocol
+from pipeline.tune.trial import trial_config
 
 DIRECTORY = "steps/tune/e"
-INPUTS = {name: {"key": name, "metrics": {}} for name in ("preprocess", "features", "reference")}
+FEATURES = {"metrics": {"extractor": "classifier", "num_features": 4}, "key": "f"}
+INPUTS: dict[str, Any] = {
+    "preprocess": {"key": "p"},
+    "features": FEATURES | {"artifacts": {ARTIFACT: {"sha256": "0"}}},
+    "reference": {"key": "r", "metrics": {"counts": {"validation": 64}}},
+}
 FINITE = ["tune.space.schedule=[]", 'tune.space.weighting=["uniform", "min_snr"]']
 
 
@@ -159,3 +168,24 @@ def test_a_search_killed_between_trials_proposes_what_it_would_have(
             search(OneByOne(kill_at=name, scores=score), *overrides, wide)
     assert search(OneByOne(scores=score), *overrides, wide)[0] == whole
     assert sum(len(trial["refused"]) for trial in whole["trials"]) > 0
+
+
+@pytest.mark.parametrize("metric", ["fid", "bits_per_dim"])
+def test_finalists_are_scored_with_noise_that_the_search_has_not_seen(
+    search: Callable[..., Any], records: Records, tiny_config: Path, metric: str
+) -> None:
+    given = ["tune.num_trials=3", f"tune.metric={metric}", "evaluate.seed=7"]
+    document, _ = search(OneByOne(), *given)
+    config = load_config(tiny_config, given)
+    protocols = {
+        entry.name: trial_protocol(trial_config(config, entry.overrides), INPUTS)
+        for entry in records.entries()
+    }
+    assert protocols["0000"] == protocols["0001"] == protocols["0002"]
+    for k in (1, 2):  # the same for all finalists, so that they compare
+        first, *others = [protocols[f"{number:04d}-seed{k}"] for number in range(3)]
+        assert others == [first, first]
+        assert differences(protocols["0000"], first) == ["seed"]
+        assert first["seed"] == 7 + k
+    assert document["protocol"] == protocols["0000"] | {"finalist_seeds": [8, 9]}
+    assert records.keep_protocol({}) == document["protocol"]
