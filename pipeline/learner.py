@@ -71,22 +71,22 @@ class Learner:
         came; with three ranks and more the layout changes in what order they are summed. So every
         process leaves that pass behind before it trains, also one that resumes.
 
-        With torch.compile it goes through all that a step may be, so that what cannot be compiled
-        is found here.
+        With torch.compile each rank first goes alone through all that a step may be, so that what
+        cannot be compiled is found here, where nobody waits for the one that fails.
 
         Args:
             batch: a share of a global batch; which samples are in it does not matter.
         """
         parts = batch.split(self.config.accumulation_steps)
-        if not self.config.compile:
-            self._go_through(parts[-1:], is_self_conditioned=False)
-            return
-        self.replica.compile()
-        try:
-            for coin in (False, True) if batch.self_condition is not None else (False,):
-                self._go_through(parts, is_self_conditioned=coin)
-        except Exception as error:
-            self.replica.give_up_compiling(error)
+
+        def rehearse() -> None:
+            with self.replica.synchronised(False):
+                for coin in (False, True) if batch.self_condition is not None else (False,):
+                    self._go_through(parts, is_self_conditioned=coin)
+
+        if self.config.compile:
+            self.replica.compile(rehearse)
+        if self.world_size > 1:
             self._go_through(parts[-1:], is_self_conditioned=False)
 
     def _go_through(self, parts: Sequence[Batch], *, is_self_conditioned: bool) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,20 +32,40 @@ class Replica:
         self._last_bucket: Any = None  # when the last of the gradients was there
         self.module: nn.Module | Any = model  # to be called
         self._ddp: DistributedDataParallel | None = None
+        self.is_compiled = False
         if world_size > 1:
-            self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # Buffers are constants: a pass of one rank alone must not have to share them out.
+            self._ddp = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
             self._ddp.register_comm_hook(None, self._average)
             self.module = self._ddp
 
-    def compile(self) -> None:
-        """Has torch compile the network when it is next called, which may fail."""
-        self.module = torch.compile(self.module)
+    def compile(self, rehearse: Callable[[], None]) -> None:
+        """Has torch compile the network: on all ranks or, if one of them cannot, on none.
 
-    def give_up_compiling(self, error: Exception) -> None:
-        """Says that it did not work, and goes on without."""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        logger.warning("torch.compile failed, training goes on without it: %s", first)
-        self.module = self._ddp or self._model
+        Args:
+            rehearse: goes through all that a step may be, without waiting for other ranks.
+        """
+        plain, fault = self.module, None
+        try:
+            self.module = torch.compile(plain)
+            rehearse()
+        except Exception as error:
+            fault = (str(error).strip() or repr(error)).splitlines()[0]
+        faults = [fault]
+        if self._ddp is not None:
+            faults = [None] * dist.get_world_size()
+            dist.all_gather_object(faults, fault)
+        failed = {rank: first for rank, first in enumerate(faults) if first is not None}
+        self.is_compiled = not failed
+        if not failed:
+            return
+        self.module = plain
+        rank, first = failed.popitem()
+        where = f" on rank {rank}" if self._ddp is not None else ""
+        if self._ddp is None or dist.get_rank() == 0:
+            logger.warning("torch.compile failed%s, training goes on without it: %s", where, first)
 
     def synchronised(self, is_last: bool) -> Any:
         """A context for a part of a batch: only the last one's gradients are averaged."""

@@ -4,8 +4,10 @@ Three, for with two the order of a sum cannot show.
 """
 
 import json
+import logging
 import multiprocessing
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -55,6 +57,7 @@ class Job:
         data: the manifest of the step `preprocess`.
         poison: a rank and a batch, and what the noise of both is.
         more_threads: a rank that has one thread more.
+        cannot_compile: a rank, and the pass of its compiled network that fails.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Job:
     data: dict[str, Any]
     poison: tuple[int, int, float] | None = None
     more_threads: int | None = None
+    cannot_compile: tuple[int, str] | None = None
 
 
 class Root:
@@ -109,9 +113,13 @@ class Root:
         ]
         for process in ranks:
             process.start()
+        ends = time.monotonic() + 300
         for process in ranks:
-            process.join(timeout=300)
-        assert [process.exitcode for process in ranks] == [0] * world_size
+            process.join(timeout=max(0.0, ends - time.monotonic()))
+        exit_codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()  # one that waits for another in vain
+        assert exit_codes == [0] * world_size
         return json.loads((self.root / "told.json").read_text())
 
 
@@ -124,9 +132,11 @@ def run_rank(
     config: Config,
     images: dict[str, Any],
 ) -> None:
-    """One rank; rank 0 tells the buckets of gradients averaged by each, and validation losses."""
+    """One rank; rank 0 tells the buckets of gradients averaged by each, and what each was told."""
     buckets = {job.name: 0 for job in jobs}
     average, make, name = Replica._average, BatchMaker.make, ""
+    compiler, warnings = torch.compile, ListHandler()
+    logging.getLogger("pipeline").addHandler(warnings)
 
     @wraps(average)
     def counted(*args: Any) -> Any:
@@ -142,17 +152,53 @@ def run_rank(
                 BatchMaker.make = poisoned(make, {job.poison[1]}, job.poison[2])
             if job.more_threads == rank:
                 changed = settings_of(changed, cpus_per_worker=2)
+            if job.cannot_compile is not None:
+                who, how = job.cannot_compile
+                torch.compile = pretended_compiler(how if who == rank else None)
             storage = LocalStorage(root)
             ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
             train_in_process(changed, storage, job.name, job.data, **ranks)
-            BatchMaker.make = make
+            BatchMaker.make, torch.compile = make, compiler
             dist.barrier()
         everyone: list[Any] = [None] * world_size
         loss = measure(config, root, images, rank, world_size)
-        dist.all_gather_object(everyone, (buckets, loss))
+        dist.all_gather_object(everyone, (buckets, loss, warnings.texts))
     if rank == 0:
-        told = {"buckets": [b for b, _ in everyone], "losses": [x for _, x in everyone]}
+        told = dict(
+            zip(("buckets", "losses", "warnings"), zip(*everyone, strict=True), strict=True)
+        )
         Path(root, "told.json").write_text(json.dumps(told))
+
+
+class ListHandler(logging.Handler):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def pretended_compiler(fails_in: str | None) -> Any:
+    """What changes nothing, or fails in the forward or the backward pass."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no compiler\nwas found")
+
+    def compiled(module: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            if fails_in == "forward":
+                refuse()
+            output = module(*args, **more)
+            if fails_in == "backward" and output.requires_grad:
+                output.register_hook(refuse)
+            return output
+
+        return call
+
+    return compiled
 
 
 def measure(
@@ -188,6 +234,23 @@ def told(root: Root) -> dict[str, Any]:
         Job("too large", plain, images, poison=(1, 13, 1e25)),
         Job("parts", settings_of(root.config(), **parts), images),
         Job("validated", settings_of(plain, validate_every=8), images),
+    ]
+    return root.run_ranks(2, jobs)
+
+
+@pytest.fixture(scope="module")
+def compiled(root: Root) -> dict[str, Any]:
+    """What two ranks tell that train without a compiler, with one, and with one that fails."""
+    # The features are a buffer, which DDP might share out before each pass.
+    config = root.config("diffusion.self_condition=true", "model.time_features=random")
+    parts = {"global_batch_size": 64, "accumulation_steps": 2, "num_steps": 4}
+    eager = settings_of(config, **parts)
+    wants = settings_of(eager, compile=True)
+    jobs = [
+        Job("eager", eager, root.images),
+        Job("compiled", wants, root.images, cannot_compile=(-1, "")),
+        Job("forward", wants, root.images, cannot_compile=(1, "forward")),
+        Job("backward", wants, root.images, cannot_compile=(1, "backward")),
     ]
     return root.run_ranks(2, jobs)
 
@@ -259,6 +322,33 @@ def test_parts_of_a_batch_are_averaged_over_ranks_once(root: Root, told: dict[st
         assert torch.allclose(one.ema[name], two.ema[name], atol=1e-5), name
     # One bucket: once to warm up and once a step, not once a part.
     assert [buckets["parts"] for buckets in told["buckets"]] == [7, 7]
+
+
+@pytest.mark.parametrize("name", ["compiled", "forward", "backward"])
+def test_ranks_compile_together_or_not_at_all(
+    root: Root, compiled: dict[str, Any], name: str
+) -> None:
+    """Where one of them cannot, none waits for another, and all train as without."""
+    assert_same_to_the_bit(load(root.store(name), 4), load(root.store("eager"), 4))
+    assert [buckets[name] for buckets in compiled["buckets"]] == [5, 5]
+
+
+def test_ranks_say_once_that_one_cannot_compile(compiled: dict[str, Any]) -> None:
+    text = "torch.compile failed on rank 1, training goes on without it: no compiler"
+    assert compiled["warnings"] == [[text, text], []]
+
+
+@pytest.mark.slow
+def test_ranks_train_what_torch_compiles(root: Root) -> None:
+    config = root.config("diffusion.self_condition=true", "train.num_steps=4")
+    jobs = [
+        Job("as it is", config, root.images),
+        Job("by torch", settings_of(config, compile=True), root.images),
+    ]
+    assert root.run_ranks(2, jobs)["warnings"] == [[], []]
+    plain, compiled = (load(root.store(job.name), 4) for job in jobs)
+    for name in plain.ema:
+        assert torch.allclose(compiled.ema[name], plain.ema[name], atol=1e-4), name
 
 
 def test_the_parts_of_the_time_add_up(root: Root, told: dict[str, Any]) -> None:
