@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import re
-import socket
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -145,16 +144,17 @@ class JobServer:
                 yield part
 
     def is_here(self) -> bool:
-        """Whether every machine of the cluster is this one, whatever the address looks like.
+        """Whether every node of the cluster is on this machine, with its files.
 
-        The address says little: that of a tunnel is local too.
+        Addresses do not tell: that of a tunnel is local, and a node of any machine may have
+        127.0.0.1 or what is our own address in another network.
         """
         from ray.util.state import list_nodes
 
         with self._errors(), _address_of_its_own():
             nodes: list[Any] = list_nodes(self.address, timeout=ANSWER_TIMEOUT_S)
-        addresses = {node.node_ip for node in nodes if node.state == "ALIVE"}
-        return bool(addresses) and all(is_own_address(address) for address in addresses)
+        alive = {node.node_id for node in nodes if node.state == "ALIVE"}
+        return bool(alive) and alive <= _nodes_here()
 
     @contextlib.contextmanager
     def _errors(self, job_id: str = "") -> Iterator[None]:
@@ -223,15 +223,22 @@ def check_address(address: str) -> str:
     return f"{scheme}://{rest}"
 
 
-def is_own_address(address: str) -> bool:
-    """Whether an IP address is one of this machine's: only there can it be bound to."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
+def _nodes_here() -> set[str]:
+    """The ids of the Ray nodes whose processes are on this machine and see its files.
+
+    Ray gives each node's raylet its id and the path of its socket. That of one in a container is
+    not at that path here.
+    """
+    import ray  # noqa: F401  # it brings psutil
+
+    import psutil  # isort: skip  # pyright: ignore[reportMissingModuleSource]
+
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        options = dict(word.partition("=")[::2] for word in process.info["cmdline"] or ())
+        if os.access(options.get("--raylet_socket_name", ""), os.F_OK):
+            found.add(options.get("--node_id", ""))
+    return found
 
 
 def _make_client(address: str) -> Any:
