@@ -55,13 +55,17 @@ def promote(
     name: Name,
     version: Annotated[int, typer.Argument(metavar="VERSION", help="its number")],
     reason: Reason,
+    after: Annotated[
+        int | None,
+        typer.Option(metavar="VERSION", help="only if the champion is this version still"),
+    ] = None,
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
     """Make a version of a model its champion."""
     with errors_to_exit_codes(as_json):
         registry = open_registry(open_storage(root), name)
-        _say_promotion(name, registry.promote(version, reason), as_json)
+        _say_promotion(registry, registry.promote(version, reason, replacing=after), as_json)
 
 
 @app.command()
@@ -74,7 +78,7 @@ def rollback(
     """Make the champion before the champion the champion again."""
     with errors_to_exit_codes(as_json):
         registry = open_registry(open_storage(root), name)
-        _say_promotion(name, registry.rollback(reason or None), as_json)
+        _say_promotion(registry, registry.rollback(reason or None), as_json)
 
 
 @app.command()
@@ -177,13 +181,19 @@ def _show_lineage(
         _say("promoted   never")
 
 
-def _say_promotion(name: str, promotion: Mapping[str, Any], as_json: bool) -> None:
+def _say_promotion(registry: Registry, promotion: Mapping[str, Any], as_json: bool) -> None:
+    replaced = registry.replaced(promotion)
     if as_json:
-        print_json(dict(promotion))
-    else:
+        print_json({**promotion, "replaced": replaced})
+        return
+    _say(
+        f"version {promotion['version']} is the champion of {registry.name} (promotion "
+        f"{promotion['number']} by {promotion['by']}: {promotion['reason']})"
+    )
+    if replaced is not None:
         _say(
-            f"version {promotion['version']} is the champion of {name} (promotion "
-            f"{promotion['number']} by {promotion['by']}: {promotion['reason']})"
+            f"it replaces version {replaced['version']}, promoted by {replaced['by']} at "
+            f"{_local_time(replaced['time'])}: {replaced['reason']}"
         )
 
 

@@ -73,7 +73,9 @@ class Registry:
             if entry := self.add_record("versions", versions, document):
                 return entry  # otherwise another took the number: look again
 
-    def promote(self, version: int, reason: str, *, after: int | None = None) -> dict[str, Any]:
+    def promote(
+        self, version: int, reason: str, *, after: int | None = None, replacing: int | None = None
+    ) -> dict[str, Any]:
         """Makes a version the champion, with who, when and why.
 
         It is one record, created once. Of two at once one is made, and the other is told.
@@ -83,13 +85,24 @@ class Registry:
             reason: for those who read it later.
             after: the number of the promotion that this one was decided upon, 0 for none; the
                 latest there is if not given.
+            replacing: the version that has to be the champion; any if not given.
 
         Raises:
             BusyError: another version was promoted meanwhile.
-            ConfigError: there is no such version.
+            ConfigError: there is no such version, or no champion that it could replace.
         """
         self.version(version)
-        return self._promote(version, reason, PROMOTION, after)
+        if replacing is not None and not self.records("promotions", last=1):
+            raise ConfigError(
+                f"The model {self.name} has no champion, and version {version} cannot come after "
+                f"version {replacing}. Promote it without naming one."
+            )
+        return self._promote(version, reason, PROMOTION, after, replacing)
+
+    def replaced(self, promotion: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The promotion that one came after, or None for the first."""
+        number = promotion["number"] - 1
+        return self._read(f"models/{self.name}/promotions/{number:06d}.json") if number else None
 
     def rollback(self, reason: str | None = None) -> dict[str, Any]:
         """Makes the champion before the champion the champion again: a promotion of its own kind.
@@ -114,12 +127,14 @@ class Registry:
         reason = reason or f"version {line[-1]} rolled back"
         return self._promote(line[-2], reason, ROLLBACK, promotions[-1]["number"])
 
-    def _promote(self, version: int, reason: str, kind: str, after: int | None) -> dict[str, Any]:
+    def _promote(
+        self, version: int, reason: str, kind: str, after: int | None, replacing: int | None = None
+    ) -> dict[str, Any]:
         promotions = self.records("promotions", last=1)
         last = promotions[-1] if promotions else {"number": 0, "version": None}
         if last["version"] == version:
             return last
-        if after is not None and last["number"] != after:
+        if after not in (None, last["number"]) or replacing not in (None, last["version"]):
             raise self._overtaken(version, last)
         document = {
             "version": version,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import ConfigError
 from pipeline.registry import Registry
 from pipeline.storage import LocalStorage
 
@@ -43,6 +44,9 @@ def test_promoting_rolling_back_and_looking(
     promoted = run_cli("promote", "m", "2", "--reason", "sharper", cwd=tmp_path)
     assert promoted.returncode == 0, promoted.stderr
     assert "version 2 is the champion of m (promotion 2 by " in promoted.stdout
+    first = registry.promotions()[0]
+    assert f"it replaces version 1, promoted by {first['by']} at " in promoted.stdout
+    assert promoted.stdout.rstrip().endswith(": the first")
     listed = run_cli("models", cwd=tmp_path).stdout.splitlines()
     assert listed[1].split()[:5] == ["m", "2", "2", "fid[x]", "9.250"]
     shown = run_cli("lineage", "m", cwd=tmp_path).stdout
@@ -53,11 +57,37 @@ def test_promoting_rolling_back_and_looking(
     back = run_cli("rollback", "m", "--reason", "too sharp", "--json", cwd=tmp_path)
     record = json.loads(back.stdout)
     assert (record["version"], record["kind"], record["reason"]) == (1, "rollback", "too sharp")
+    assert record["replaced"] == registry.promotions()[1]
     versions = run_cli("models", "m", cwd=tmp_path).stdout
     assert "1 *" in versions
     assert "rolled back to version 1: too sharp" in versions
     again = run_cli("rollback", "m", cwd=tmp_path)
     assert (again.returncode, "no champion to go back to" in again.stderr) == (2, True)
+
+
+def test_a_promotion_after_another_one_is_refused_where_it_says_so(
+    registry: Registry, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    registry.add_version(document("c", 8.0))
+    registry.promote(2, "hers")  # while he looks at version 1
+    his = ("promote", "m", "3", "--reason", "his", "--after")
+    refused = run_cli(*his, "1", cwd=tmp_path)
+    assert refused.returncode == 8
+    assert "Version 2 of m was promoted meanwhile by " in refused.stderr
+    assert "(hers), and version 3 was not" in refused.stderr
+    made = run_cli(*his, "2", "--json", cwd=tmp_path)
+    record = json.loads(made.stdout)
+    assert (record["version"], record["replaces"], record["replaced"]["reason"]) == (3, 2, "hers")
+    again = run_cli(*his, "2", cwd=tmp_path)  # what is so already is no fault
+    assert (again.returncode, len(registry.promotions())) == (0, 3)
+
+
+def test_nothing_comes_after_a_champion_that_there_is_not(tmp_path: Path) -> None:
+    registry = Registry(LocalStorage(str(tmp_path / "runs")), "n")
+    registry.add_version(document("a", 12.5))
+    with pytest.raises(ConfigError, match="The model n has no champion"):
+        registry.promote(1, "x", replacing=1)
+    assert registry.replaced(registry.promote(1, "x")) is None
 
 
 def test_the_registry_as_json(
