@@ -70,7 +70,8 @@ def make_package(
         excludes: patterns of names, or of whole paths below what is packed, to leave out.
 
     Raises:
-        ConfigError: something is not there, two things have one name, or all is too large.
+        ConfigError: something is not there, two things have one name, a link leads to where it
+            lies, or all is too large.
     """
     files: dict[str, Path] = {}
     excluded = (*EXCLUDED, *excludes)
@@ -158,13 +159,26 @@ def _add(files: dict[str, Path], path: Path, excluded: Sequence[str]) -> None:
 
 
 def _walk(top: Path, excluded: Sequence[str]) -> Iterator[Path]:
-    for directory, names, file_names in os.walk(top):
+    for directory, names, file_names in os.walk(top, followlinks=True):
         here = Path(directory)
         names[:] = [n for n in names if not _is_excluded(here / n, top, excluded)]
+        for name in names:
+            _refuse_loop(here / name, top)
         for name in file_names:
             file = here / name
             if file.is_file() and not _is_excluded(file, top, excluded):  # no sockets, dead links
                 yield file
+
+
+def _refuse_loop(path: Path, top: Path) -> None:
+    """Refuses a link to a directory that the walk to it went through."""
+    if path.is_symlink():
+        real = path.resolve()
+        above = [each for each in path.parents if each.is_relative_to(top)]
+        if any(each.resolve().is_relative_to(real) for each in above):
+            raise ConfigError(
+                f"{path} is a link to {real}, in which it lies itself. Leave it out with --exclude."
+            )
 
 
 def _is_excluded(path: Path, top: Path, excluded: Sequence[str]) -> bool:

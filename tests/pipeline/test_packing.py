@@ -106,6 +106,33 @@ def test_includes_are_packed_and_excludes_left_out(tiny_config: Path, tmp_path: 
         package(tiny_config, includes=[other])
 
 
+def test_links_to_directories_are_followed(tiny_config: Path, tmp_path: Path) -> None:
+    extra, shared = tmp_path / "extra", tmp_path / "shared"
+    for path in (extra / "a.py", shared / "deep" / "b.py"):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    (extra / "lib").symlink_to(shared)
+    (extra / "again").symlink_to("lib/deep")
+    found = package(tiny_config, includes=[extra])
+    assert {name for name in found.files if name.startswith("extra")} == {
+        "extra/a.py", "extra/lib/deep/b.py", "extra/again/b.py",
+    }  # fmt: skip
+    found.stage(tmp_path / "staged")
+    assert not (tmp_path / "staged" / "extra" / "lib").is_symlink()
+
+
+@pytest.mark.parametrize("target", [".", "..", "../other", "../.."])
+def test_links_that_lead_back_are_refused(tiny_config: Path, tmp_path: Path, target: str) -> None:
+    extra, other = tmp_path / "extra", tmp_path / "extra" / "other"
+    other.mkdir(parents=True)
+    (extra / "in").mkdir()
+    (other / "back").symlink_to(extra / "in")
+    (extra / "in" / "link").symlink_to(target)
+    with pytest.raises(ConfigError, match=r"is a link to .*, in which it lies itself\. Leave it"):
+        package(tiny_config, includes=[extra])
+    assert package(tiny_config, includes=[extra], excludes=["link"])
+
+
 def test_too_much_is_refused_with_the_largest_files(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
