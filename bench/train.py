@@ -11,7 +11,8 @@ Speed, in images per second of the whole loop (data, noise, gradient, optimiser,
 medians of the ratios of alternating rounds:
 
 `vs_denoising_diffusion_pytorch`  over its Trainer, with equal weights.
-`vs_diffusers`                    over what its unconditional script does, with as many FLOPs.
+`vs_diffusers`                    over what its unconditional script does, with as many FLOPs:
+                                  `flops` of a forward pass of one image, refused beyond 5%.
 `ray_overhead`, `data_overhead`   of a training under Ray Train: the shares of its steps' time
                                   that are spent in the adapter's callbacks, and waiting for data.
 
@@ -49,6 +50,7 @@ from pipeline.workflow import read_artifact
 BENCH = Path(__file__).resolve().parent
 SPEED = BENCH / "train_speed.toml"
 NUM_SAMPLES = 1000
+EQUAL_WITHIN = 0.05  # FLOPs of networks that are compared as equals
 SPEED_SIDES = ("ddp_speed", "ours_equal_weights", "diffusers_speed", "ours_equal_flops")
 RATIOS = {
     "vs_denoising_diffusion_pytorch": ("ours_equal_weights", "ddp_speed"),
@@ -92,6 +94,12 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Speed and overheads."""
+    flops = run_side(arguments.peers, "flops", work, [])
+    if max(flops.values()) > (1 + EQUAL_WITHIN) * min(flops.values()):
+        raise SystemExit(
+            f"The networks that are compared as equals have {json.dumps(flops)} FLOPs. Change "
+            "EQUAL_WIDTHS in bench/train_sides.py or model.dim_mults in bench/train_speed.toml."
+        )
     prepare(work, ("preprocess",))
     speeds: dict[str, list[float]] = {side: [] for side in SPEED_SIDES}
     parts: list[dict[str, float]] = []
@@ -111,6 +119,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             name: round(medians[ours] / medians[theirs], 3)
             for name, (ours, theirs) in RATIOS.items()
         },
+        "flops": flops,
         "images_per_s": medians,
         "all_images_per_s": speeds,
         "shares_under_ray": shares,

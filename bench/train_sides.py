@@ -1,11 +1,13 @@
 """One side of `bench/train.py`: trains in a process of its own and says what came of it.
 
     python bench/train_sides.py SIDE WORK [--steps N | --seconds S] [--samples N]
+    python bench/train_sides.py flops WORK
 
 Runs in an environment with the peers (bench/requirements-peers.txt). `WORK` is what `train.py`
 prepared: a storage root with Fashion-MNIST at 16x16 and its images as PNG files. With `--steps`
 it measures images per second of the whole loop; with `--seconds` it trains for so long, by the
-clock, and draws samples with DDIM-50. The last line is one JSON object.
+clock, and draws samples with DDIM-50. `flops` trains nothing and counts those of the networks that
+are compared as equals. The last line is one JSON object.
 
 The sides of denoising-diffusion-pytorch (DDP) and diffusers:
 
@@ -406,6 +408,17 @@ def ours_with_ddp_weights(dim: int, dim_mults: tuple[int, ...]) -> nn.Module:
     return network
 
 
+def flops_of_equals() -> dict[str, int]:
+    """Of a forward pass of one image, for each side of the comparison with as many."""
+    from pipeline.config import load_config
+    from pipeline.models import make_unet
+
+    return {
+        "ours_equal_flops": count_flops(make_unet(load_config(SPEED), 0)),
+        "diffusers_speed": count_flops(diffusers_network(EQUAL_WIDTHS)),
+    }
+
+
 def count_flops(network: nn.Module) -> int:
     """Of a forward pass of one image."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -434,7 +447,7 @@ def quantise(x: Tensor) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("side", choices=[*SIDES, "flops"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float)
@@ -443,6 +456,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="settings of the recipe")
     arguments = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
+    if arguments.side == "flops":
+        print(json.dumps(flops_of_equals()))
+        return
     if arguments.seconds is not None:  # nothing that was compiled before may be found
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=arguments.work)
     clock = Clock(arguments.steps, arguments.seconds)

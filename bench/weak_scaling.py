@@ -39,6 +39,7 @@ from pipeline.config import load_config
 from pipeline.models import make_diffusion, make_unet
 from pipeline.order import make_order
 from pipeline.replica import Replica
+from pipeline.settings import TrainConfig
 from pipeline.stopwatch import Stopwatch
 from pipeline.train import process_group
 from pipeline.validation import loss_of
@@ -136,7 +137,7 @@ def measure(world_size: int) -> dict[str, Any]:
 def run_rank(rank: int, world_size: int, port: int, output: Path) -> None:
     torch.set_num_threads(1)
     where = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": world_size}
-    with process_group(**where):
+    with process_group(TrainConfig(), **where):
         found = time_steps(rank, world_size)
     if rank == 0:
         output.write_text(json.dumps(found))

@@ -26,7 +26,7 @@ class Patience:
     """
 
     seconds: float
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
     def until_done(

@@ -6,7 +6,6 @@ It is given no checkpoint and no score; what the workers run is the project's ow
 import contextlib
 import importlib
 import uuid
-from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import (
@@ -19,8 +18,6 @@ from pipeline.errors import (
 from pipeline.object_storage import ObjectStorage
 from pipeline.settings import Config
 from pipeline.storage import Storage
-
-GROUP_TIMEOUT = timedelta(minutes=10)  # of an exchange between ranks: one that is gone is noticed
 
 
 def fit_workers(config: Config, storage: Storage, directory: str, settings: dict[str, Any]) -> None:
@@ -49,7 +46,7 @@ def fit_workers(config: Config, storage: Storage, directory: str, settings: dict
         train_loop_config=settings,
         torch_config=TorchConfig(
             backend="nccl" if train_config.use_gpu else "gloo",
-            timeout_s=int(GROUP_TIMEOUT.total_seconds()),
+            timeout_s=int(train_config.group_timeout_s),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train_config.num_workers,

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import safetensors.torch
@@ -28,8 +29,8 @@ from pipeline.host import torch_threads
 from pipeline.loop import Hooks, train_loop
 from pipeline.models import make_diffusion, make_unet
 from pipeline.patience import Patience
-from pipeline.ray_train import GROUP_TIMEOUT, fit_workers
-from pipeline.settings import NOISE_GROUP, Config
+from pipeline.ray_train import fit_workers
+from pipeline.settings import NOISE_GROUP, Config, TrainConfig
 from pipeline.steps import START_TRAINING
 from pipeline.storage import Storage, open_storage
 from pipeline.torchrun import World, announce, await_settings, torchrun_world
@@ -64,6 +65,14 @@ def train(context: StepContext) -> dict[str, Any]:
         else:
             announce(settings)
             _fit_under_torchrun(settings, world)
+    patience = Patience(context.config.train.storage_patience_s)
+    return patience.until_done(
+        lambda: _write_result(context, scorer), "The result of training is not written"
+    )
+
+
+def _write_result(context: StepContext, scorer: Scorer | None) -> dict[str, Any]:
+    """Publishes what the last checkpoint holds; may be called again. The step's metrics."""
     num_steps = context.config.train.num_steps
     checkpoint = CheckpointStore(context.storage, context.series_directory).load(num_steps)
     if checkpoint is None:
@@ -203,16 +212,18 @@ def _await_storage(storage: Storage, data: Mapping[str, Any], patience_s: float)
 
 
 @contextlib.contextmanager
-def process_group(backend: str = "gloo", **where: Any) -> Iterator[None]:
+def process_group(config: TrainConfig, backend: str = "gloo", **where: Any) -> Iterator[None]:
     """A process group while the block runs.
 
     Args:
+        config: the training settings.
         backend: gloo, or nccl on GPUs.
         **where: `init_method`, `rank` and `world_size`; without them the environment tells.
     """
     import torch.distributed as dist
 
-    dist.init_process_group(backend, timeout=GROUP_TIMEOUT, **where)
+    timeout = timedelta(seconds=config.group_timeout_s)
+    dist.init_process_group(backend, timeout=timeout, **where)
     try:
         yield
         dist.barrier()  # rank 0 writes the last checkpoint while the others are done
@@ -237,11 +248,11 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
     """One rank of the process group that torchrun's environment describes."""
     import torch
 
-    use_gpu = Config.model_validate_json(settings["config"]).train.use_gpu
-    device = torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
-    if use_gpu:
+    config = Config.model_validate_json(settings["config"]).train
+    device = torch.device("cuda", world.local_rank) if config.use_gpu else torch.device("cpu")
+    if config.use_gpu:
         torch.cuda.set_device(device)
-    with process_group(backend="nccl" if use_gpu else "gloo"):
+    with process_group(config, "nccl" if config.use_gpu else "gloo"):
         _train_rank(settings, world.rank, world.world_size, device, lambda: False)
 
 

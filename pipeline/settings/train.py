@@ -13,7 +13,9 @@ from pydantic import (
 from pipeline.settings.section import Fraction, Positive, Section, Seed
 
 NOISE_GROUP = 16  # positions of the global batch that share one noise stream (design 3.4)
-MAX_PATIENCE_S = 480.0  # ranks give each other up after ten minutes
+MAX_PATIENCE_S = 480.0  # ranks that wait for a patient one cannot tell it from one that hangs
+WAITS = 2  # for the storage, of one rank, one after the other, while the others wait for it
+BESIDE_S = 360.0  # for all else that ranks wait for: attempts that take long, a rank that is slow
 
 
 class TrainConfig(Section):
@@ -85,6 +87,16 @@ class TrainConfig(Section):
         "be read, is tried again",
     )
     seed: Seed = Field(default=0, description="of the weights, the order and the noise")
+
+    @property
+    def group_timeout_s(self) -> float:
+        """When an exchange between ranks is given up, in seconds: one that is gone is noticed.
+
+        Rank 0 waits twice where it goes back after a loss that is not finite: for the checkpoint
+        that is being written, and for the one to be read. So it does at the end, for the last two.
+        Any rank waits for its checkpoint, or rank 0 to write, and then for its next shard.
+        """
+        return WAITS * self.storage_patience_s + BESIDE_S
 
     @property
     def min_workers(self) -> int:

@@ -33,7 +33,7 @@ def train_rank(
 ) -> None:
     hooks = Hooks(on_row=lambda row, first_step: out.send((first_step, row["global_step"])))
     address = f"tcp://127.0.0.1:{port}"
-    with process_group(init_method=address, rank=rank, world_size=WORLD_SIZE):
+    with process_group(config.train, init_method=address, rank=rank, world_size=WORLD_SIZE):
         train_in_process(
             config, LocalStorage(root), name, data, rank=rank, world_size=WORLD_SIZE, hooks=hooks
         )

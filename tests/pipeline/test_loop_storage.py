@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import loop, training_views
 from pipeline import train as pipeline_train
@@ -18,15 +20,17 @@ from pipeline.config import load_config
 from pipeline.errors import StorageError
 from pipeline.loop import Hooks
 from pipeline.patience import Patience
-from pipeline.settings import Config
+from pipeline.settings import Config, TrainConfig
+from pipeline.settings.train import MAX_PATIENCE_S
 from pipeline.storage import LocalStorage
-from pipeline.train import train_in_process
+from pipeline.train import process_group, train_in_process
 from pipeline.training_views import TrainingViews
 
 from .test_loop import assert_same_to_the_bit, equal, poisoned, settings_of
 from .test_training_views import read_events
 
 STEPS = 24
+MARGIN_S = 120  # of the group's timeout, for the attempts themselves
 
 
 @pytest.fixture
@@ -306,3 +310,49 @@ def test_where_no_checkpoint_can_be_read_nothing_begins_anew(
     with pytest.raises(StorageError, match="Input/output"):
         train("x", Hooks(on_row=lambda *row: rows.append(row)), storage_patience_s=0)
     assert rows == []
+
+
+@pytest.mark.parametrize("patience_s", [120.0, MAX_PATIENCE_S])
+def test_the_others_wait_as_long_as_rank_0_may_be_patient(
+    train: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    """The storage goes twice while a step is made good, and comes back as late as may be."""
+    pauses: list[float] = []
+    patience = partial(Patience, sleep=pauses.append, clock=lambda: sum(pauses))
+    monkeypatch.setattr(loop, "Patience", patience)
+    monkeypatch.setattr(BatchMaker, "make", poisoned(BatchMaker.make, {13}))
+    went: dict[str, float] = {}
+
+    def goes(verb: str) -> None:
+        original = getattr(LocalStorage, verb)
+
+        def fail(self: LocalStorage, path: str, *more: Any) -> Any:
+            if "x/checkpoints/000000012/" in path:
+                began = went.setdefault(verb, sum(pauses))
+                if sum(pauses) < began + patience_s:
+                    raise StorageError("Cannot do it: no route to host.")
+            return original(self, path, *more)
+
+        monkeypatch.setattr(LocalStorage, verb, fail)
+
+    goes("create")
+    goes("read")
+    store = train("x", checkpoint_every=12, storage_patience_s=patience_s)
+    assert load(store).skipped == (13,)
+    assert went.keys() == {"create", "read"}
+    config = TrainConfig(storage_patience_s=patience_s)
+    assert sum(pauses) == 2 * patience_s
+    assert sum(pauses) + MARGIN_S < config.group_timeout_s
+
+
+def test_the_group_is_given_that_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda: None)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *_, timeout: told.append(timeout)
+    )
+    config = TrainConfig(storage_patience_s=MAX_PATIENCE_S)
+    with process_group(config):
+        pass
+    assert told == [timedelta(seconds=config.group_timeout_s)]

@@ -145,7 +145,7 @@ def run_rank(
 
     Replica._average = counted  # pyright: ignore[reportAttributeAccessIssue]
     address = f"tcp://127.0.0.1:{port}"
-    with process_group(init_method=address, rank=rank, world_size=world_size):
+    with process_group(config.train, init_method=address, rank=rank, world_size=world_size):
         for job in jobs:
             name, changed = job.name, job.config
             if job.poison is not None and job.poison[0] == rank:

@@ -2,19 +2,25 @@
 
 import json
 import queue
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline import train as pipeline_train
 from pipeline.batches import BatchMaker
 from pipeline.config import load_config
 from pipeline.errors import StorageError
+from pipeline.patience import Patience
 from pipeline.runs import RunRecord
+from pipeline.settings import Config
 from pipeline.steps import make_steps
-from pipeline.storage import LocalStorage
-from pipeline.train import _tell_progress, most_groups
+from pipeline.storage import LocalStorage, Storage
+from pipeline.train import _tell_progress, most_groups, train, train_in_process
 from pipeline.workflow import Event, StepContext, plan
 
 
@@ -98,3 +104,38 @@ def test_a_note_that_cannot_be_recorded_ends_nothing(
     told.observe(Event("started", "train"))
     events = told.storage.read("runs/r/events.jsonl").decode()
     assert "no FID for now" in events
+
+
+@pytest.mark.parametrize("verb", ["read", "create"])
+def test_a_finished_training_waits_for_a_storage_that_is_away(
+    told: Told,
+    write_data_set: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), np.uint8)
+    data = write_data_set(told.storage, pixels)
+    config = told.context.config
+    short = config.train.model_copy(update={"num_steps": 10, "checkpoint_every": 10})
+    config = config.model_copy(update={"train": short})
+    context = replace(told.context, config=config, inputs={"preprocess": data})
+    pauses: list[float] = []
+    patience = partial(Patience, sleep=pauses.append, clock=lambda: sum(pauses))
+    monkeypatch.setattr(pipeline_train, "Patience", patience)
+    original = getattr(LocalStorage, verb)
+
+    def fail(self: LocalStorage, path: str, *more: Any) -> Any:
+        if sum(pauses) < 60 and path.startswith("steps/train/"):
+            raise StorageError("Cannot do it: no route to host. Wait.")
+        return original(self, path, *more)
+
+    def fit(config: Config, storage: Storage, directory: str, settings: dict[str, Any]) -> None:
+        train_in_process(config, storage, directory, data)
+        monkeypatch.setattr(LocalStorage, verb, fail)
+
+    monkeypatch.setattr(pipeline_train, "fit_workers", fit)
+    assert train(context)["num_steps"] == 10
+    assert pauses == [1, 2, 4, 8, 15, 15, 15]
+    assert context.artifacts.keys() == {"ema.safetensors", "metrics.jsonl"}
+    for artifact in context.artifacts.values():
+        assert told.storage.exists(f"{context.directory}/{artifact['file']}")
