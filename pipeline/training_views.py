@@ -79,19 +79,20 @@ class TrainingViews:
             self._storage.replace(path, json.dumps(document).encode())
 
     def on_samples(self, step: int, model: nn.Module) -> None:
-        """Draws the same seeds after so many steps, a column for each class where there are any."""
+        """Draws the same seeds after so many steps, of each class where there are any."""
         assert isinstance(model, UNet)
-        numbers, num_classes, labels = range(NUM_SAMPLES), model.config.num_classes, None
-        if num_classes is not None:
-            labels = torch.arange(NUM_SAMPLES) % COLUMNS % num_classes
+        num_classes = model.config.num_classes
+        columns = _columns(num_classes)
+        numbers = range(NUM_SAMPLES // columns * columns)
+        labels = None if num_classes is None else torch.tensor(numbers) % num_classes
         with torch.random.fork_rng():
             samples = sample_items(self._config, model, numbers, class_labels=labels)
         from pipeline.report.plots import draw_grid, draw_sequences  # matplotlib: only for these
 
         if self._config.data.is_sequence:
-            picture = draw_sequences(samples.cpu().numpy(), COLUMNS)
+            picture = draw_sequences(samples.cpu().numpy(), columns)
         else:
-            picture = draw_grid(quantise(samples), COLUMNS, TILE_PX)
+            picture = draw_grid(quantise(samples), columns, TILE_PX)
         with contextlib.suppress(StorageError):
             self._storage.replace(f"{self._directory}/samples/{step:09d}.png", picture)
 
@@ -156,6 +157,13 @@ class TensorBoard:
         length = struct.pack("<Q", len(content))
         for part in (length, content):
             self._content += part + struct.pack("<I", masked_crc32c(part))
+
+
+def _columns(num_classes: int | None) -> int:
+    """Of the samples: one or more for each class, unless that makes too many."""
+    if num_classes is None or num_classes > 2 * COLUMNS:
+        return COLUMNS
+    return num_classes * max(1, COLUMNS // num_classes)
 
 
 def _scalars(row: Row) -> dict[str, float]:

@@ -99,6 +99,35 @@ def test_samples_of_sequences_are_curves_and_of_classes_columns(
     assert len(np.unique(np.asarray(picture).reshape(-1, len(picture.getbands())), axis=0)) > 3
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "columns", "rows"),
+    [(2, 8, 8), (3, 6, 10), (8, 8, 8), (10, 10, 6), (16, 16, 4), (26, 8, 8), (64, 8, 8)],
+)
+def test_samples_show_every_class(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_classes: int,
+    columns: int,
+    rows: int,
+) -> None:
+    config = load_config(tiny_config, ["model.class_conditional=true"])
+
+    def sample_labels(*_: Any, class_labels: torch.Tensor) -> torch.Tensor:
+        """Images that are as bright as their label is high."""
+        return (class_labels / 100)[:, None, None, None].expand(-1, 1, 8, 8)
+
+    monkeypatch.setattr("pipeline.training_views.sample_items", sample_labels)
+    views = TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)
+    views.on_samples(2, make_unet(config, 0, num_classes))
+    picture = Image.open(tmp_path / "t" / "samples" / "000000002.png").convert("L")
+    assert picture.size == (columns * 68 - 4, rows * 68 - 4)
+    shades = np.asarray(picture)[32::68, 32::68]
+    assert len(np.unique(shades)) == num_classes
+    if num_classes <= 16:
+        assert (shades == shades[0]).all()
+
+
 def test_the_file_of_events_goes_to_remote_storage_too(
     object_store: Any, tiny_config: Path
 ) -> None:
