@@ -186,7 +186,7 @@ class _Experiment:
     def describe(self, finalists: Sequence[Entry]) -> dict[str, Any]:
         """All that was found, as JSON."""
         entries, results = self.records.entries(), self.records.results()
-        self.records.drop_checkpoints(entries)
+        self.records.drop_checkpoints(entries, is_last=True)
         seeded = {
             finalist.number: [
                 results[entry.name]

@@ -18,12 +18,13 @@ when a trial has ended, so that there are never more than those of the trials th
 import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline.errors import BusyError
-from pipeline.leases import hold_lease
-from pipeline.storage import Storage
+from pipeline.leases import hold_alone, hold_lease
+from pipeline.storage import STORAGE_THREADS, Storage
 
 SEED = "-seed"  # in the names of a finalist's trainings
 OF_RUNNING = ("checkpoints", "verdicts", "ray")  # below a trial while it may go on
@@ -162,20 +163,31 @@ class Records:
         """Lets a trial be tried again as if it had not ended."""
         self.storage.delete(f"{self.directory}/{entry.name}/result.json")
 
-    def drop_checkpoints(self, entries: Iterable[Entry]) -> None:
+    def drop_checkpoints(self, entries: Iterable[Entry], *, is_last: bool = False) -> None:
         """Deletes what ended trials would have continued from.
 
         Not while someone is at it: a stopped trial's thread may end a little later, and the same
         trial of another experiment goes on. Such a one is tried again when the next trial ends.
+
+        Args:
+            entries: of the trials.
+            is_last: no other attempt follows: where a trial's process died on another node, its
+                lease is waited for, some 20 s, for all together.
         """
-        for entry in list(entries):
-            with (
-                contextlib.suppress(BusyError),
-                hold_lease(self.storage, entry.directory, wait=False),
-            ):
+
+        def drop(entry: Entry) -> None:
+            held = (
+                hold_alone(self.storage, entry.directory, "trains")
+                if is_last
+                else hold_lease(self.storage, entry.directory, wait=False)
+            )
+            with contextlib.suppress(BusyError), held:
                 for name in OF_RUNNING:
                     self.storage.delete(f"{entry.directory}/{name}")
                 self._ended.pop(entry.name, None)
+
+        with ThreadPoolExecutor(STORAGE_THREADS) as pool:
+            list(pool.map(drop, list(entries)))
 
     def entries(self) -> list[Entry]:
         """All that were proposed, by name."""

@@ -1,5 +1,6 @@
 """A search as a whole, killed and continued; what stands for Ray Tune runs one trial at a time."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import leases
 from pipeline.config import load_config
 from pipeline.extractors.naming import ARTIFACT
 from pipeline.protocol import differences
@@ -189,3 +191,22 @@ def test_finalists_are_scored_with_noise_that_the_search_has_not_seen(
         assert first["seed"] == 7 + k
     assert document["protocol"] == protocols["0000"] | {"finalist_seeds": [8, 9]}
     assert records.keep_protocol({}) == document["protocol"]
+
+
+def test_a_search_leaves_no_checkpoints_of_a_node_that_died(
+    search: Callable[..., Any], records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LIFE_S", 0.2)
+    kept: list[str] = []
+
+    def die(entry: Entry) -> float:
+        holder = {"host": "other", "place": "elsewhere", "pid": 7, "process_started": 1}
+        lease = holder | {"beats": 3, "beat_at": 0.0, "released": False}
+        records.storage.create(f"{entry.directory}/lease-000001.json", json.dumps(lease).encode())
+        kept.append(f"{entry.directory}/checkpoints/000000010/manifest.json")
+        records.storage.create(kept[-1], b"{}")
+        return 1.0
+
+    search(OneByOne(scores=die), "tune.num_trials=2", "tune.stopping=none")
+    assert len(set(kept)) == 6
+    assert not [path for path in kept if records.storage.exists(path)]
