@@ -70,7 +70,8 @@ class Rung:
         step: optimiser steps done.
         images_seen: by then.
         value: of the score; lower is better.
-        train_s: seconds of training since the rung before, or since it was resumed.
+        train_s: seconds of training since the rung before; where a kill came between, since it was
+            resumed, without what led to the checkpoint.
         score_s: seconds that the score took.
     """
 
