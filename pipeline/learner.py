@@ -13,7 +13,7 @@ from diffusion_core import EMA, Diffusion
 from pipeline.batches import Batch
 from pipeline.checkpoints import Checkpoint
 from pipeline.meter import Meter
-from pipeline.precision import autocast, choose_dtype
+from pipeline.precision import NAMES, autocast, choose_dtype
 from pipeline.replica import Replica
 from pipeline.settings import TrainConfig
 from pipeline.stopwatch import Stopwatch
@@ -58,6 +58,15 @@ class Learner:
         )
         self.scaler = self._make_scaler()
         self.replica = Replica(self.model, world_size, watch)
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What the bits of a step depend on, and the settings need not tell; after `warm_up`."""
+        return {
+            "precision": NAMES[self.dtype],
+            "compiled": self.replica.is_compiled,
+            "accumulation_steps": self.config.accumulation_steps,
+        }
 
     @property
     def needs_warm_up(self) -> bool:

@@ -156,7 +156,9 @@ class _Training:
         config = self.config
         self._resume()
         self.first_step = self.step
-        self._warm_up()
+        if self.step < config.num_steps:
+            self._warm_up()
+            self._note_environment()
         self.learner.model.train()
         self.watch.take()
         batches = self._iter_batches()
@@ -179,26 +181,39 @@ class _Training:
 
     def _resume(self) -> None:
         """From the latest checkpoint, if there is one."""
-        now = gather_environment(self.device, self.world_size)
         checkpoint = self._load_latest()
         if checkpoint is None:
             self.begun = copy_to_host(self._state())
-            self.environments = [{"since_step": 0, **now}]
             return
         self._restore(checkpoint)
         self.skipped, self.num_rewinds = list(checkpoint.skipped), checkpoint.num_rewinds
         self.environments = list(checkpoint.environments)
-        before = {k: v for k, v in self.environments[-1].items() if k != "since_step"}
+
+    def _note_environment(self) -> None:
+        """Records what the last bit depends on from here on, and says what is another."""
+        now = gather_environment(self.device, self.world_size, self.learner.arithmetic)
+        before = dict(self.environments[-1]) if self.environments else {}
+        before.pop("since_step", None)
         if now != before:
             self.environments.append({"since_step": self.step, **now})
-        for name in sorted({*before, *now}) if self.rank == 0 else ():
-            if now.get(name) != before.get(name):
+        for name in sorted(before.keys() & now.keys()) if self.rank == 0 else ():
+            if now[name] == before[name]:
+                continue
+            if name == "precision":
+                logger.warning(
+                    "Training continues in %s, and the checkpoint was made in %s: results differ "
+                    "by more than the last bits. Give it a device of the kind it had, or set "
+                    "train.precision, with which training begins anew.",
+                    now[name],
+                    before[name],
+                )
+            else:
                 logger.warning(
                     "Training continues with %s = %s, and the checkpoint was made with %s: the "
                     "last bits may differ.",
                     name,
-                    now.get(name),
-                    before.get(name),
+                    now[name],
+                    before[name],
                 )
 
     def _load_latest(self) -> Checkpoint | None:
@@ -279,7 +294,7 @@ class _Training:
 
     def _warm_up(self) -> None:
         """With the batch that comes first, which the reader has at hand."""
-        if self.learner.needs_warm_up and self.step < self.config.num_steps:
+        if self.learner.needs_warm_up:
             with closing(self._iter_batches()) as batches:
                 self.learner.warm_up(next(batches)[1])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 from pipeline.errors import ConfigError
 from pipeline.settings import TrainConfig
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as in settings
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -41,12 +44,19 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype)
 
 
-def gather_environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What equal bits depend on beside the config, on all ranks; every rank calls it.
+def gather_environment(
+    device: torch.device, world_size: int, arithmetic: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What equal bits depend on beside what is learned, on all ranks; every rank calls it.
 
     What differs between ranks is a list, by rank.
+
+    Args:
+        device: of this rank.
+        world_size: number of ranks.
+        arithmetic: what more there is on this rank, by name.
     """
-    here = _describe_environment(device)
+    here = {**_describe_environment(device), **arithmetic}
     if world_size == 1:
         return {"world_size": 1, **here}
     by_rank: list[Any] = [None] * world_size

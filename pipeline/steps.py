@@ -14,7 +14,8 @@ from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject, d
 from pipeline.workflow import Resources, Step
 
 WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
-# Settings of training that change how fast, but not what is learned beyond rounding.
+# Settings of training that change how fast, but not what is learned beyond rounding. A GPU has
+# another precision where that is "auto": the checkpoints record it, and a change is said.
 NOT_LEARNED = (
     "cpus_per_worker",
     "use_gpu",

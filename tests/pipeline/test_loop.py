@@ -156,6 +156,51 @@ def test_another_number_of_threads_is_said_and_recorded(
     assert again.environments == done.environments
 
 
+def test_what_the_arithmetic_is_is_recorded_and_another_precision_is_said_as_such(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train(settings_of(config, num_steps=8), tmp_path, data, "x")
+    # As where training moves to a GPU, with "auto".
+    monkeypatch.setattr("pipeline.learner.choose_dtype", lambda config, device: torch.bfloat16)
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    other = settings_of(config, num_steps=16, accumulation_steps=2, compile=True)
+    done = load(train(other, tmp_path, data, "x"), 16)
+    names = ("since_step", "precision", "compiled", "accumulation_steps")
+    assert [tuple(e[name] for name in names) for e in done.environments] == [
+        (0, "fp32", False, 1),
+        (8, "bf16", True, 2),
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Training continues with accumulation_steps = 2, and the checkpoint was made with 1: the "
+        "last bits may differ.",
+        "Training continues with compiled = True, and the checkpoint was made with False: the last "
+        "bits may differ.",
+        "Training continues in bf16, and the checkpoint was made in fp32: results differ by more "
+        "than the last bits. Give it a device of the kind it had, or set train.precision, with "
+        "which training begins anew.",
+    ]
+
+
+def test_what_a_checkpoint_does_not_tell_is_recorded_and_not_said(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Checkpoints from before there was such a field."""
+    with monkeypatch.context() as before:
+        before.setattr("pipeline.loop.gather_environment", lambda *_, **more: {"threads": 1})
+        train(settings_of(config, num_steps=8), tmp_path, data, "x")
+    done = load(train(settings_of(config, num_steps=16), tmp_path, data, "x"), 16)
+    assert [e.get("precision") for e in done.environments] == [None, "fp32"]
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_batch_without_a_finite_loss_is_skipped(
     config: Config,
@@ -394,6 +439,7 @@ def test_what_cannot_be_compiled_is_trained_without_and_said(
         "torch.compile failed, training goes on without it: no compiler"
     ]
     assert all(torch.equal(without.ema[name], plain.ema[name]) for name in plain.ema)
+    assert [known["compiled"] for known in without.environments] == [False]
 
 
 def test_what_is_compiled_is_what_trains(
@@ -412,4 +458,5 @@ def test_what_is_compiled_is_what_trains(
     wants = settings_of(config, compile=True)
     train(wants, tmp_path, data, "compiled")
     assert len(calls) == STEPS + 1  # one to warm up
+    train(wants, tmp_path, data, "compiled")  # it was done
     assert caplog.records == []

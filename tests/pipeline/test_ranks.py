@@ -331,6 +331,8 @@ def test_ranks_compile_together_or_not_at_all(
     """Where one of them cannot, none waits for another, and all train as without."""
     assert_same_to_the_bit(load(root.store(name), 4), load(root.store("eager"), 4))
     assert [buckets[name] for buckets in compiled["buckets"]] == [5, 5]
+    (environment,) = load(root.store(name), 4).environments
+    assert environment["compiled"] is (name == "compiled")
 
 
 def test_ranks_say_once_that_one_cannot_compile(compiled: dict[str, Any]) -> None:
