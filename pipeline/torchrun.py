@@ -38,23 +38,27 @@ def torchrun_world() -> World | None:
 
 def announce(settings: dict[str, Any]) -> None:
     """On rank 0: has the other ranks train with these settings."""
-    _open_store().set(_KEY, json.dumps(settings))
+    open_store().set(_KEY, json.dumps(settings))
 
 
 def dismiss() -> None:
     """On rank 0, at the end: has the other ranks leave, if they still wait."""
-    _open_store().compare_set(_KEY, "", json.dumps(None))
+    open_store().compare_set(_KEY, "", json.dumps(None))
 
 
 def await_settings() -> dict[str, Any] | None:
     """On the other ranks: the settings to train with; None: there is nothing to do."""
-    store = _open_store()
+    store = open_store()
     store.wait([_KEY], LONGEST_WAIT)
     return json.loads(store.get(_KEY))
 
 
-def _open_store() -> Any:
-    """That of torchrun; a restarted attempt has keys of its own."""
+def open_store() -> Any:
+    """That of torchrun, in which a restarted attempt has keys of its own.
+
+    torch itself would find those of the attempt before, addresses of dead ranks among them, where
+    torchrun keeps its store for all attempts: on one node, unless it is told otherwise.
+    """
     import torch.distributed as dist
 
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]

@@ -33,7 +33,7 @@ from pipeline.ray_train import fit_workers
 from pipeline.settings import NOISE_GROUP, Config, TrainConfig
 from pipeline.steps import START_TRAINING
 from pipeline.storage import Storage, open_storage
-from pipeline.torchrun import World, announce, await_settings, torchrun_world
+from pipeline.torchrun import World, announce, await_settings, open_store, torchrun_world
 from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
 from pipeline.workflow import StepContext, read_artifact, read_manifest
 
@@ -218,7 +218,7 @@ def process_group(config: TrainConfig, backend: str = "gloo", **where: Any) -> I
     Args:
         config: the training settings.
         backend: gloo, or nccl on GPUs.
-        **where: `init_method`, `rank` and `world_size`; without them the environment tells.
+        **where: `rank`, `world_size`, and the `store` or the `init_method` by which ranks meet.
     """
     import torch.distributed as dist
 
@@ -252,7 +252,9 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
     device = torch.device("cuda", world.local_rank) if config.use_gpu else torch.device("cpu")
     if config.use_gpu:
         torch.cuda.set_device(device)
-    with process_group(config, "nccl" if config.use_gpu else "gloo"):
+    backend = "nccl" if config.use_gpu else "gloo"
+    ranks = {"rank": world.rank, "world_size": world.world_size}
+    with process_group(config, backend, store=open_store(), **ranks):
         _train_rank(settings, world.rank, world.world_size, device, lambda: False)
 
 

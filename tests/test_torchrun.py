@@ -2,10 +2,9 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,40 @@ import torch
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.driver import make_plan, run_config
+from pipeline.driver import Plan, make_plan, run_config
+from pipeline.loop import Hooks
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
 from pipeline.train import train_in_process
-from pipeline.workflow import read_manifest
+from pipeline.workflow import PlannedStep, read_manifest
 
 
-def torchrun(config_path: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    config_path: Path,
+    *settings: str,
+    restarts: int = 0,
+    env: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> subprocess.CompletedProcess[str]:
     """What `torchrun --nproc-per-node 2 -m jobs train CONFIG` printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts)]
     given = [part for text in settings for part in ("--set", text)]
     process = subprocess.Popen(
         [*command, "-m", "jobs", "train", str(config_path), *given],
         cwd=config_path.parent,
-        env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"} | dict(env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     try:
+        meanwhile()
         out, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()  # torchrun ends its ranks, which hold the pipe
             process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, out)
 
@@ -54,31 +62,60 @@ def config(tiny_config: Path) -> Config:
     return config
 
 
+def plan_of(config_path: Path, *settings: str, root: str = "runs") -> tuple[Plan, Config]:
+    """The plan of a training below a root beside the config."""
+    root = f"storage.root={config_path.parent / root}"
+    config = load_config(config_path, [*settings, root])
+    return make_plan(config, ["train"]), config
+
+
+def step_of(planned: Plan, name: str) -> PlannedStep:
+    return next(p for p in planned.steps if p.step.name == name)
+
+
+def train_alone(planned: Plan, config: Config, directory: str, hooks: Hooks | None = None) -> Any:
+    """The last checkpoint of a training in this process."""
+    key = step_of(planned, "preprocess").key
+    manifest = read_manifest(planned.storage, "preprocess", key)
+    assert manifest is not None
+    train_in_process(config, planned.storage, directory, manifest, hooks=hooks)
+    return CheckpointStore(planned.storage, directory).load(config.train.num_steps)
+
+
 def test_two_ranks_under_torchrun_learn_what_one_process_does(
     config: Config, tiny_config: Path
 ) -> None:
-    settings = ["train.num_steps=30", "train.log_every=5"]
-    done = torchrun(tiny_config, *settings)
+    """And either way goes on with what the other began."""
+    log = "train.log_every=5"
+    begun = "train.num_steps=5"
+    run_config(plan_of(tiny_config)[1], ("preprocess",), observer=lambda event: None)
+    planned, short = plan_of(tiny_config, begun, log)
+    directory = step_of(planned, "train").series_directory
+    train_alone(planned, short, directory)
+
+    done = torchrun(tiny_config, "train.num_steps=30", log)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("train      done in") == 1  # rank 0 speaks
-    root = f"storage.root={tiny_config.parent / 'runs'}"
-    planned = make_plan(load_config(tiny_config, [*settings, root]), ["train"])
+    assert "continues from the checkpoint at step 5" in done.stdout
+    planned, whole = plan_of(tiny_config, "train.num_steps=30", log)
     assert planned.is_cached
-    train, data = ({p.step.name: p for p in planned.steps}[s] for s in ("train", "preprocess"))
-    store = CheckpointStore(planned.storage, train.series_directory)
-    ours = store.load(30)
+    assert step_of(planned, "train").series_directory == directory
+    ours = CheckpointStore(planned.storage, directory).load(30)
     assert ours is not None
-    assert [known["world_size"] for known in ours.environments] == [2]
+    worlds = [(known["since_step"], known["world_size"]) for known in ours.environments]
+    assert worlds == [(0, 1), (5, 2)]
 
-    manifest = read_manifest(planned.storage, "preprocess", data.key)
-    assert manifest is not None
-    alone = load_config(tiny_config, [*settings, root])
-    rows = train_in_process(alone, planned.storage, "alone", manifest)
-    theirs = CheckpointStore(planned.storage, "alone").load(30)
-    assert theirs is not None
-    assert [r["loss"] for r in ours.history] == pytest.approx([r["loss"] for r in rows], rel=1e-5)
+    theirs = train_alone(planned, whole, "alone")
+    losses = [row["loss"] for row in theirs.history]
+    assert [row["loss"] for row in ours.history] == pytest.approx(losses, rel=1e-5)
     for name, weight in theirs.ema.items():
         torch.testing.assert_close(ours.ema[name], weight, rtol=1e-4, atol=1e-5)
+
+    longer, config = plan_of(tiny_config, "train.num_steps=40", log)
+    first_steps: set[int] = set()
+    hooks = Hooks(on_row=lambda row, first_step: first_steps.add(first_step))
+    train_alone(longer, config, directory, hooks)
+    assert first_steps == {30}
 
 
 def test_the_documented_way_in_one_process_trains(
