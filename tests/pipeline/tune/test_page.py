@@ -55,13 +55,13 @@ def document(trials: list[dict[str, Any]], scores: dict[int, list[float]]) -> di
 def render(tmp_path: Path, tiny_config: Path) -> Any:
     storage = LocalStorage(str(tmp_path / "root"))
 
-    def make(trials: list[dict[str, Any]], scores: dict[int, list[float]]) -> str:
+    def make(trials: list[dict[str, Any]], scores: dict[int, list[float]], **more: Any) -> str:
         items = np.zeros((4, 1, 8, 8), np.uint8)
         for each in trials:
             for rung in each["rungs"]:
                 store = TrialStore(storage, f"steps/trial/{each['key']}")
                 store.add_rung(Rung(**rung), safetensors.numpy.save({"items": items}))
-        return make_page(document(trials, scores), load_config(tiny_config), storage)
+        return make_page(document(trials, scores) | more, load_config(tiny_config), storage)
 
     return make
 
@@ -84,3 +84,12 @@ def test_a_default_that_failed_is_said_whatever_the_verdict(render: Any, others:
     assert "The config as it is could not be trained" in render(trials, others)
     trials[0] = trial(0, "finished", 9.0, 5.0)
     assert "could not be trained" not in render(trials, {0: [5.0, 5.1], **others})
+
+
+def test_a_space_with_nothing_new_left_is_said(render: Any) -> None:
+    """Also of a document that was written before it was recorded."""
+    trials, scores = [trial(0, "finished", 9.0, 5.0)], {0: [5.0, 5.1]}
+    found = {"num_trials": 3, "asked_for": 20, "refused": {"drawn before": 1000}}
+    assert "nothing new after 3 of 20 trials" in render(trials, scores, exhausted=found)
+    for more in ({}, {"exhausted": None}):
+        assert "nothing new" not in render(trials, scores, **more)
