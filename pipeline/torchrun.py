@@ -9,6 +9,7 @@ Nothing here imports torch until it is used: every command asks whether torchrun
 
 import json
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -42,7 +43,14 @@ def announce(settings: dict[str, Any]) -> None:
 
 
 def dismiss() -> None:
-    """On rank 0, at the end: has the other ranks leave, if they still wait."""
+    """On rank 0, at the end: has the other ranks leave, if they still wait.
+
+    Without a store there is none who waits: torchrun was killed, and whoever waited has noticed.
+    """
+    try:
+        socket.create_connection(_store_address(), timeout=10).close()
+    except OSError:
+        return  # at once; torch would try for minutes
     open_store().compare_set(_KEY, "", json.dumps(None))
 
 
@@ -61,8 +69,11 @@ def open_store() -> Any:
     """
     import torch.distributed as dist
 
-    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False
-    )
+    host, port = _store_address()
+    store = dist.TCPStore(host, port, None, False)  # pyright: ignore[reportPrivateImportUsage]
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     return dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _store_address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -2,8 +2,12 @@
 
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,12 @@ from pipeline.driver import Plan, make_plan, run_config
 from pipeline.loop import Hooks
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
+from pipeline.torchrun import dismiss
+from pipeline.trace import TraceReader
 from pipeline.train import train_in_process
 from pipeline.workflow import PlannedStep, read_manifest
+
+from .pipeline.test_loop import assert_same_to_the_bit
 
 
 def torchrun(
@@ -118,6 +126,46 @@ def test_two_ranks_under_torchrun_learn_what_one_process_does(
     assert first_steps == {30}
 
 
+@pytest.mark.slow
+def test_a_run_that_torchrun_restarts_ends_as_one_that_was_not_killed(
+    config: Config, tiny_config: Path
+) -> None:
+    settings = ["train.num_steps=600", "train.checkpoint_every=20", "train.log_every=2"]
+    run_config(plan_of(tiny_config)[1], ("preprocess",), observer=lambda event: None)
+    shutil.copytree(tiny_config.parent / "runs", tiny_config.parent / "killed")
+    reader = TraceReader(tiny_config.parent / "trace")
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not any(row["global_step"] >= 50 for row in reader.rows):
+            assert time.monotonic() < deadline
+            reader.read()
+            time.sleep(0.005)
+        os.kill(next(row["pid"] for row in reader.began if row["rank"] == 1), signal.SIGKILL)
+
+    killed = torchrun(
+        tiny_config,
+        *settings,
+        f"storage.root={tiny_config.parent / 'killed'}",
+        restarts=1,
+        env={"RAYDIFFUSION_TRACE": str(tiny_config.parent / "trace")},
+        meanwhile=kill,
+    )
+    assert killed.returncode == 0, killed.stdout
+    reader.read()
+    assert [row["rank"] for row in reader.began].count(1) == 2
+    assert {row["first_step"] for row in reader.rows} > {0}  # and not from the beginning again
+    whole = torchrun(tiny_config, *settings)
+    assert whole.returncode == 0, whole.stdout
+    ends = []
+    for root in ("runs", "killed"):
+        planned, _ = plan_of(tiny_config, *settings, root=root)
+        assert planned.is_cached
+        directory = step_of(planned, "train").series_directory
+        ends.append(CheckpointStore(planned.storage, directory).load(600))
+    assert_same_to_the_bit(*ends)
+
+
 def test_the_documented_way_in_one_process_trains(
     config: Config, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,3 +198,12 @@ def test_what_is_not_for_all_ranks_is_refused_at_once(
     done = run_cli(verb, str(tiny_config), cwd=tiny_config.parent, env=world)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Use torchrun for the verb train" in done.stdout + done.stderr
+
+
+def test_rank_0_does_not_wait_for_a_torchrun_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and nothing listens there
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(unused.getsockname()[1]))
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)  # it comes not so far
+        dismiss()
