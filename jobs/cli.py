@@ -30,7 +30,7 @@ from jobs.results import (
     show_runs,
 )
 from jobs.scores import show_comparison
-from jobs.tune import as_typed, show_search
+from jobs.tune import command_of, show_search
 from pipeline.config import load_config
 from pipeline.drill import NUM_STEPS, OUTAGE_S, Kind
 from pipeline.driver import Outcome, make_plan, run_config
@@ -326,7 +326,7 @@ def _run_steps(
                 on_hash=printer.hashes,
                 wait_for_lease=not no_wait,
                 subject=find_subject(config),
-                target=as_typed(path, overrides or ()),
+                command=command_of(path, overrides or ()),
             )
         seconds = time.monotonic() - started
         inspected = _inspect(outcome, config, output) if inspect else {}
@@ -336,7 +336,7 @@ def _run_steps(
         show_outcome(console, outcome, seconds)
         if "tune" in outcome.manifests:
             metrics = outcome.manifests["tune"]["metrics"]
-            show_search(console, metrics, as_typed(path, overrides or ()))
+            show_search(console, metrics, command_of(path, overrides or ()))
         if inspected:
             show_dataset(console, inspected["dataset"], inspected["contact_sheet"])
 

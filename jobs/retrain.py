@@ -13,7 +13,7 @@ from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson, ConfigPath, Overrides
 from jobs.results import outcome_json, print_json, show_outcome
 from jobs.scores import show_score
-from jobs.tune import as_typed
+from jobs.tune import command_of
 from pipeline.accept import Accepted, accept_reference, config_of_champion
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, RefusedError
@@ -55,7 +55,7 @@ def retrain(
                 observer=printer.observe,
                 on_plan=lambda planned: say_what_is_left(console, loaded, planned),
                 on_hash=printer.hashes,
-                target=as_typed(config, set_ or ()),
+                command=command_of(config, set_ or ()),
                 accept_held=accept_held or (),
                 reason=reason,
             )

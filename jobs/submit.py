@@ -1,6 +1,7 @@
 """The verbs of jobs on a cluster: `submit`, `attach`, `stop`, `jobs`."""
 
 import asyncio
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson
 from jobs.results import print_json
+from jobs.tune import command_of
 from pipeline.cluster_jobs import DEFAULT_ADDRESS, Job, JobServer
 from pipeline.config import load_config
 from pipeline.errors import ClusterError, ConfigError
@@ -92,9 +94,15 @@ def submit(
             is_here=server.is_here(),
             shares_paths=shared_paths,
         )
+        options = ["--address", server.address, *(["--shared-paths"] if shared_paths else [])]
+        options += [part for each in include or () for part in ("--include", str(each))]
+        options += [part for each in exclude or () for part in ("--exclude", each)]
+        options += ["--python", python] if python != PYTHON else []
         submission = make_submission(
-            config, package, verb, arguments=arguments, settings=settings, python=python
-        )
+            config, package, verb,
+            arguments=arguments, settings=settings, python=python,
+            submitted_as=f"submit {shlex.join(options)} {command_of(path, overrides)}",
+        )  # fmt: skip
         job_id, is_new = submit_or_find(server, submission)
         console = Console(stderr=as_json)
         size = f"{len(package.files)} files, {in_bytes(package.num_bytes)}"

@@ -1,5 +1,6 @@
 """What the verbs about a search print: what was found, and the command that trains it."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,19 +10,23 @@ from rich.console import Console
 
 from pipeline.config import is_secret
 from pipeline.publish import training_command
+from pipeline.submission import SUBMITTED_AS
 
 
-def as_typed(config: Path, overrides: Sequence[str]) -> str:
-    """A config and its `--set` options as they can be typed into a shell.
+def command_of(config: Path, overrides: Sequence[str]) -> str:
+    """What runs a config with its `--set` options, as it can be typed after `raydiffusion`.
 
-    Without those of the section `notify`, which may be secrets: this is for records and pages.
+    In a job that was submitted: what submits it, from where that was done. Without settings of the
+    section `notify`, which may be secrets: this is for records and pages.
     """
+    if (submitted := os.environ.get(SUBMITTED_AS)) is not None:
+        return submitted
     shown = [text for text in overrides if not is_secret(text)]
     given = [part for text in shown for part in ("--set", text)]
-    return shlex.join([str(config), *given])
+    return shlex.join(["run", str(config), *given])
 
 
-def show_search(console: Console, metrics: Mapping[str, Any], target: str) -> None:
+def show_search(console: Console, metrics: Mapping[str, Any], command: str) -> None:
     """Prints what a search found."""
     verdict, number = metrics["verdict"], metrics["recommended"]
     name = "the config as it is" if number == 0 else f"trial {number:04d}"
@@ -36,5 +41,5 @@ def show_search(console: Console, metrics: Mapping[str, Any], target: str) -> No
     for line in (f"search: {said}", f"{counts}, {metrics['cost']['images']:,} images"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print("to train it:", highlight=False)
-    text = training_command(metrics["overrides"], target)
+    text = training_command(metrics["overrides"], command)
     console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from pipeline.identities import OnHash
 from pipeline.leases import OnWait, hold_lease
 from pipeline.notify import tells_how_it_ended
 from pipeline.preflight import before_ray, on_cluster, require
-from pipeline.publish import publish_report, publish_search
+from pipeline.publish import UNKNOWN_COMMAND, publish_report, publish_search
 from pipeline.registry import Registry
 from pipeline.runs import RunRecord, last_identities, record_needs, run_id
 from pipeline.settings import Config
@@ -201,7 +201,7 @@ def run_config(
     wait_for_lease: bool = True,
     subject: Subject | None = None,
     basis: Basis | None = None,
-    target: str = "CONFIG",
+    command: str = UNKNOWN_COMMAND,
 ) -> Outcome:
     """Brings the targets about: what is cached is kept, what was begun is continued.
 
@@ -219,7 +219,7 @@ def run_config(
         subject: what is evaluated in place of the config's training; see `find_subject` of
             `subject_kinds.py`.
         basis: what the registry gives; without it, everything is as the config says.
-        target: the config and its options as typed into a shell, for commands on pages.
+        command: what runs the config, as typed into a shell after `raydiffusion`, for pages.
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
@@ -259,7 +259,7 @@ def run_config(
         # Another may have worked while we waited.
         planned = make_plan(config, targets, subject=subject, basis=basis)
         on_plan(planned)
-        record = RunRecord(planned.storage, planned.run, config, planned.steps, target)
+        record = RunRecord(planned.storage, planned.run, config, planned.steps, command)
         if record.has_waited:  # for a clean-up, which may have deleted what was there
             planned = make_plan(config, targets, subject=subject, basis=basis)
             record.plan_again(planned.steps)
@@ -304,7 +304,7 @@ def run_config(
             raise
         finally:
             record.close(outcome)
-        return _publish(planned, manifests, target)
+        return _publish(planned, manifests, command)
 
 
 def bring_about(
@@ -354,14 +354,14 @@ def bring_about(
         )
 
 
-def _publish(planned: Plan, manifests: dict[str, dict[str, Any]], target: str) -> Outcome:
+def _publish(planned: Plan, manifests: dict[str, dict[str, Any]], command: str) -> Outcome:
     """Puts the pages where the run is."""
     report = search = None
     is_new = any(p.action != "cached" for p in planned.steps)
     if "report" in manifests:
         report = publish_report(planned.storage, planned.run, manifests["report"], is_new)
     if "tune" in manifests:
-        search = publish_search(planned.storage, planned.run, manifests["tune"], target)
+        search = publish_search(planned.storage, planned.run, manifests["tune"], command)
     return Outcome(planned, manifests, report, search)
 
 

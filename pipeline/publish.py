@@ -10,19 +10,19 @@ from pipeline.runs import read_run
 from pipeline.storage import Storage
 from pipeline.workflow import read_artifact, read_manifest
 
-UNKNOWN_TARGET = "CONFIG"  # in a command, where the path of the config is not known
+UNKNOWN_COMMAND = "run CONFIG"  # where the path of the config is not known
 SEARCH_PAGE, SEARCH_FILES = "tune.html", ("tune.json", "trials.csv")
 
 
-def training_command(overrides: Sequence[str], target: str = UNKNOWN_TARGET) -> str:
+def training_command(overrides: Sequence[str], command: str = UNKNOWN_COMMAND) -> str:
     """The command that trains what a search recommends, as it can be typed into a shell.
 
     Args:
         overrides: of the recommended config.
-        target: the config and the options that the search was started with, as typed.
+        command: what runs the config that the search was made with, after `raydiffusion`.
     """
     given = [part for text in (*overrides, "tune.enabled=false") for part in ("--set", text)]
-    return f"raydiffusion run {target} {shlex.join(given)}"
+    return f"raydiffusion {command} {shlex.join(given)}"
 
 
 def publish_report(storage: Storage, run: str, manifest: Mapping[str, Any], is_new: bool) -> str:
@@ -33,18 +33,17 @@ def publish_report(storage: Storage, run: str, manifest: Mapping[str, Any], is_n
     return f"{storage.uri}/{path}"
 
 
-def publish_search(storage: Storage, run: str, manifest: Mapping[str, Any], target: str) -> str:
+def publish_search(storage: Storage, run: str, manifest: Mapping[str, Any], command: str) -> str:
     """The page of a search, its JSON and its table beside it; returns where the page is.
 
     Args:
         storage: the root.
         run: its name.
         manifest: of the step `tune`.
-        target: the config and options it was started with, as typed into a shell; "CONFIG" where
-            they are not known.
+        command: as of `training_command`.
     """
     page = read_artifact(storage, manifest, SEARCH_PAGE).decode()
-    unknown, known = (html.escape(f"raydiffusion run {x} ") for x in (UNKNOWN_TARGET, target))
+    unknown, known = (html.escape(f"raydiffusion {x} ") for x in (UNKNOWN_COMMAND, command))
     page = page.replace(unknown, known)  # the step's own knows no path
     for name in SEARCH_FILES:
         storage.replace(f"runs/{run}/{name}", read_artifact(storage, manifest, name))
@@ -68,4 +67,4 @@ def publish_again(storage: Storage, run: str) -> str:
             f"The run {run} has no finished search. Run `raydiffusion tune` with its config, or "
             "give a config to `report`."
         )
-    return publish_search(storage, run, manifest, document.get("target") or UNKNOWN_TARGET)
+    return publish_search(storage, run, manifest, document.get("command") or UNKNOWN_COMMAND)

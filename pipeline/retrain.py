@@ -25,6 +25,7 @@ from pipeline.identities import OnHash
 from pipeline.notify import failure_is_told, tell_refusal
 from pipeline.pinning import input_hashes, pin_first, pinned_manifests
 from pipeline.preflight import before_ray, require
+from pipeline.publish import UNKNOWN_COMMAND
 from pipeline.registry import Registry
 from pipeline.rescore import score_champion
 from pipeline.screening import screen
@@ -81,7 +82,7 @@ def retrain(
     observer: Observer,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_hash: OnHash | None = None,
-    target: str = "CONFIG",
+    command: str = UNKNOWN_COMMAND,
     accept_held: Sequence[str] = (),
     reason: str = "accepted",
 ) -> Cycle:
@@ -92,7 +93,7 @@ def retrain(
         observer: told what happens.
         on_plan: told the plan that will be followed.
         on_hash: told the number of files and bytes that are read before there is a plan.
-        target: the config and its options as typed into a shell, for commands on pages.
+        command: what runs the config, as typed into a shell after `raydiffusion`, for pages.
         accept_held: names or hashes of held shards that are taken in.
         reason: of taking them in, for the record.
 
@@ -118,7 +119,7 @@ def retrain(
         if isinstance(found, Cycle):
             return found
         cycle, inputs = found
-        return _go_through(registry, config, inputs, cycle, observer, on_plan, target)
+        return _go_through(registry, config, inputs, cycle, observer, on_plan, command)
 
 
 def _find_cycle(
@@ -202,7 +203,7 @@ def _go_through(
     cycle: Mapping[str, Any],
     observer: Observer,
     on_plan: Callable[[Plan], None],
-    target: str,
+    command: str,
 ) -> Cycle:
     shards, basis = inputs.shards, _basis_of(registry, cycle, inputs)
     if cycle["champion"] is not None and config.retrain.num_steps is not None:
@@ -248,7 +249,9 @@ def _go_through(
                 new = [shard for shard in shards if shard.name in cycle["new"]]
                 check_classes(registry.storage, config, new, basis, observer=observer)
                 score_champion(registry, config, basis, observer=observer)
-        outcome = run_config(config, observer=observer, on_plan=on_plan, basis=basis, target=target)
+        outcome = run_config(
+            config, observer=observer, on_plan=on_plan, basis=basis, command=command
+        )
         if basis.pinned:
             with failure_is_told(config, observer):  # another may have been promoted meanwhile
                 score_champion(registry, config, basis, observer=observer)

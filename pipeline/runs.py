@@ -62,7 +62,7 @@ class RunRecord:
         run: str,
         config: Config,
         planned: Sequence[PlannedStep],
-        target: str = "",
+        command: str = "",
     ) -> None:
         self.storage, self.directory = storage, f"runs/{run}"
         self._lock = threading.Lock()  # steps that run side by side report from threads
@@ -79,7 +79,7 @@ class RunRecord:
         self.document: dict[str, Any] = {
             "run": run,
             "name": config.name,
-            "target": target,
+            "command": command,
             "config": config.model_dump(mode="json"),
             # A verb for one step plans a part; what was known of the others stays.
             "identities": before["identities"] | needs["identities"],

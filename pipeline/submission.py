@@ -27,6 +27,7 @@ VERBS = (
     "preprocess", "train", "tune", "evaluate", "report", "doctor",
 )  # fmt: skip
 PYTHON = "python"  # on the cluster, as its PATH finds it
+SUBMITTED_AS = "RAYDIFFUSION_SUBMITTED_AS"  # in the job: what would submit `run` in its place
 # The shell that starts the job knows the address from Ray.
 _JOIN = '--set cluster.address="$RAY_ADDRESS"'
 
@@ -62,6 +63,7 @@ def make_submission(
     arguments: Sequence[str] = (),
     settings: Sequence[str] = (),
     python: str = PYTHON,
+    submitted_as: str,
 ) -> Submission:
     """Says what is to be sent.
 
@@ -72,15 +74,18 @@ def make_submission(
         arguments: what follows the config on the command line.
         settings: from `settings_on_cluster`.
         python: the interpreter there.
+        submitted_as: what submits `run` with this config, as typed after `raydiffusion`. It is no
+            part of the name: the same job may be asked for in other words.
     """
     words = [python, "-m", "jobs", verb, package.config, *arguments]
     for setting in settings:
         words += ["--set", setting]
-    entrypoint = f"exec {shlex.join(words)} {_JOIN}"
-    sha256 = hashlib.sha256(f"{package.sha256()}\0{entrypoint}".encode()).hexdigest()
+    command = f"{shlex.join(words)} {_JOIN}"
+    sha256 = hashlib.sha256(f"{package.sha256()}\0{command}".encode()).hexdigest()
     name = f"{config.name}-{verb}-{sha256[:8]}"
     metadata = {"name": config.name, "verb": verb, "config": package.config, "sha256": sha256}
-    return Submission(name, entrypoint, package, metadata)
+    known = shlex.join(["env", f"{SUBMITTED_AS}={submitted_as}"])
+    return Submission(name, f"exec {known} {command}", package, metadata)
 
 
 def refuse_webhooks(path: Path, overrides: Sequence[str]) -> None:

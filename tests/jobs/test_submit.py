@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from jobs import exit_codes, submit
 from jobs.cli import app
+from jobs.tune import command_of
 from pipeline.cluster_jobs import Job
+from pipeline.submission import SUBMITTED_AS
 
 ADDRESS = "http://127.0.0.1:1"
 
@@ -57,9 +59,25 @@ def test_a_reference_is_accepted_as_a_job(server: type[Server], tiny_config: Pat
     ((job_id, entrypoint),) = server.submitted.items()
     assert job_id.startswith("tiny-accept-reference-")
     assert f"job {job_id} submitted (" in done.output
-    words = shlex.split(entrypoint)[3:]
+    _, _, known, *words = shlex.split(entrypoint)
+    words = words[2:]
+    assert known == f"{SUBMITTED_AS}=submit --address {ADDRESS} run {tiny_config}"
     assert words[:5] == ["jobs", "accept-reference", "tiny.toml", "--reason", "a new pen"]
     assert words[-1] == "cluster.address=$RAY_ADDRESS"
+
+
+def test_a_page_made_in_a_job_says_how_to_submit_and_not_the_job_s_paths(
+    server: type[Server], tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--set", "train.num_steps=7", "--set", "notify.on_failure='env:HOOK'", "--json"]
+    done = run("--no-wait", "--shared-paths", "tune", tiny_config, *given)
+    assert done.exit_code == 0, done.output
+    ((_, entrypoint),) = server.submitted.items()
+    name, _, value = shlex.split(entrypoint)[2].partition("=")
+    monkeypatch.setenv(name, value)
+    assert command_of(Path("tiny.toml"), ["cluster.address=x"]) == (
+        f"submit --address {ADDRESS} --shared-paths run {tiny_config} --set train.num_steps=7"
+    )
 
 
 def test_a_model_cannot_be_accepted_for_by_name_as_a_job(server: type[Server]) -> None:

@@ -53,7 +53,8 @@ class Cluster:
 def submission(path: Path, *overrides: str, verb: str = "run", **options: Any) -> Submission:
     config = load_config(path, overrides)
     arguments = [word for text in overrides for word in ("--set", text)]
-    return make_submission(config, make_package(config, path), verb, arguments=arguments, **options)
+    given = {"submitted_as": f"submit run {path.name}"} | options
+    return make_submission(config, make_package(config, path), verb, arguments=arguments, **given)
 
 
 def settings(path: Path, *overrides: str, is_here: bool, shares: bool = False) -> list[str]:
@@ -66,6 +67,7 @@ def test_the_name_follows_from_verb_config_code_and_overrides(tiny_config: Path)
     first = submission(tiny_config)
     assert first.name.startswith("tiny-run-")
     assert submission(tiny_config).name == first.name
+    assert submission(tiny_config, submitted_as="submit run ../tiny.toml").name == first.name
     others = [
         submission(tiny_config, verb="train"),
         submission(tiny_config, "train.num_steps=7"),
@@ -80,7 +82,8 @@ def test_the_job_runs_the_verb_on_the_cluster_that_it_is_on(tiny_config: Path) -
     made = submission(tiny_config, "storage.root=a b", settings=["storage.root=/r s"], python="py")
     words = shlex.split(made.entrypoint)
     assert words == [
-        "exec", "py", "-m", "jobs", "run", "tiny.toml", "--set", "storage.root=a b", "--set",
+        "exec", "env", "RAYDIFFUSION_SUBMITTED_AS=submit run tiny.toml",
+        "py", "-m", "jobs", "run", "tiny.toml", "--set", "storage.root=a b", "--set",
         "storage.root=/r s", "--set", "cluster.address=$RAY_ADDRESS",
     ]  # fmt: skip
     assert made.entrypoint.endswith('"$RAY_ADDRESS"')

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from jobs.tune import as_typed
+from jobs.tune import command_of
 from pipeline.config import load_config
 from pipeline.driver import make_plan
 from pipeline.publish import training_command
@@ -84,9 +84,9 @@ def test_a_longer_training_keeps_the_search(tiny_config: Path, tmp_path: Path) -
 
 
 def test_the_command_is_as_it_can_be_typed(tiny_config: Path) -> None:
-    target = as_typed(Path("my config.toml"), ["data.sources=['a b']"])
-    assert target == """'my config.toml' --set 'data.sources=['"'"'a b'"'"']'"""
-    assert training_command(FOUND[1:], "c.toml") == (
+    command = command_of(Path("my config.toml"), ["data.sources=['a b']"])
+    assert command == """run 'my config.toml' --set 'data.sources=['"'"'a b'"'"']'"""
+    assert training_command(FOUND[1:], "run c.toml") == (
         "raydiffusion run c.toml --set 'diffusion.schedule_options={beta_start = 1e-4, "
         "beta_end = 0.05}' --set tune.enabled=false"
     )
