@@ -237,12 +237,15 @@ def kill_cli_at() -> Callable[..., list[str]]:
         reader = threading.Thread(target=lines.extend, args=(process.stdout,))
         reader.start()
         deadline = time.monotonic() + timeout
-        while not is_time(lines) and process.poll() is None and time.monotonic() < deadline:
+        while not (came := is_time(lines)) and process.poll() is None:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         reader.join()
         process.stdout.close()
         assert process.wait(timeout=10) == -signal.SIGKILL, "".join(lines)
+        assert came, f"not within {timeout:.0f} s: " + "".join(lines)
         return lines
 
     return run
