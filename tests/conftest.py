@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
@@ -33,6 +34,9 @@ from pipeline.storage import Storage, hash_content, size_of_content
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits"
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("untimed")
 
 # Modules whose tests start Ray themselves.
 OWN_RAY = {

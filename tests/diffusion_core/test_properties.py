@@ -31,7 +31,7 @@ def valid(schedule: NoiseSchedule, objective: Objective) -> Objective:
     return "pred_v" if is_refused else objective
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(NAMES, LENGTHS, SCALES, st.sampled_from(OBJECTIVES), st.integers(0, 2**31))
 def test_conversions_round_trip(
     name: str, T: int, scale: float, objective: Objective, seed: int
@@ -49,7 +49,7 @@ def test_conversions_round_trip(
     assert torch.allclose(found.pred_noise * b, noise * b, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(NAMES, LENGTHS, SCALES, st.integers(0, 2**31))
 def test_the_posterior_leads_where_the_forward_process_was(
     name: str, T: int, scale: float, seed: int
@@ -65,7 +65,7 @@ def test_the_posterior_leads_where_the_forward_process_was(
     assert 0 < q.variance < q.beta * (1 + 1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(NAMES, LENGTHS, st.sampled_from(OBJECTIVES), st.integers(1, 7), st.integers(0, 2**31))
 def test_splitting_a_batch_leaves_the_mean_loss(
     name: str, T: int, objective: Objective, cut: int, seed: int

@@ -209,7 +209,7 @@ def test_a_window_that_does_not_fit_is_refused_with_the_arithmetic(bucket: Bucke
     check(64, 64, 1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     slots=st.integers(1, 4),

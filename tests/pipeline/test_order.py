@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.order import Order, make_order, sample_ids
@@ -31,7 +31,6 @@ def streams(order: Order, slots: int, num_batches: int) -> np.ndarray:
     return by_slot.swapaxes(0, 1).reshape(slots, -1)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**40), num_samples=st.integers(1, 200), epoch=st.integers(0, 5))
 def test_an_epoch_is_a_permutation(seed: int, num_samples: int, epoch: int) -> None:
     positions = np.arange(num_samples) + epoch * num_samples
@@ -50,7 +49,6 @@ def test_without_a_window_batches_follow_each_other_in_the_permutation() -> None
     assert np.array_equal(together, sample_ids(3, np.arange(9 * 32), 71))
 
 
-@settings(deadline=None)
 @given(counts=counts_of_shards, slots=num_slots, window=windows, epochs=st.integers(1, 4))
 def test_each_item_is_seen_once_an_epoch(
     counts: list[int], slots: int, window: int, epochs: int
@@ -64,7 +62,6 @@ def test_each_item_is_seen_once_an_epoch(
         assert sorted(seen) == list(range(total))
 
 
-@settings(deadline=None)
 @given(
     counts=counts_of_shards,
     window=st.none() | windows,
@@ -90,7 +87,6 @@ def test_any_number_of_workers_sees_the_same_batch(
     assert np.array_equal(together, order().ids(batch, range(slots)))
 
 
-@settings(deadline=None)
 @given(counts=counts_of_shards, slots=num_slots, window=windows)
 def test_a_block_of_a_slot_touches_only_neighbouring_shards(
     counts: list[int], slots: int, window: int
@@ -108,7 +104,6 @@ def test_a_block_of_a_slot_touches_only_neighbouring_shards(
             assert inside <= min(size, length - start) - min(2, len(touched))
 
 
-@settings(deadline=None)
 @given(counts=counts_of_shards, slots=num_slots, window=windows, batch=st.integers(0, 50))
 def test_shards_are_announced_for_the_time_in_which_they_are_asked_for(
     counts: list[int], slots: int, window: int, batch: int
@@ -131,7 +126,6 @@ def test_shards_are_announced_for_the_time_in_which_they_are_asked_for(
             assert any(use.shard in touched[k] for k in range(first, last))
 
 
-@settings(deadline=None)
 @given(counts=counts_of_shards, slots=num_slots, window=st.none() | windows)
 def test_the_announcement_goes_on_and_can_be_cut(
     counts: list[int], slots: int, window: int | None

@@ -91,7 +91,7 @@ def test_a_distance_is_the_root_mean_square_of_values_from_minus_1_to_1() -> Non
     assert nearest(queries, training, count=1).distances.item() == pytest.approx(2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cuts=st.lists(st.integers(1, 59), max_size=5))
 def test_any_grouping_of_shards_finds_the_same(cuts: list[int]) -> None:
     rng = np.random.default_rng(0)

@@ -49,7 +49,7 @@ def test_two_workers_equal_one() -> None:
     assert frechet_distance(sum_features(b), merged) == pytest.approx(one, rel=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cuts=st.lists(st.integers(1, 199), max_size=6), seed=st.integers(0, 99))
 def test_any_grouping_of_shards_gives_the_same_value(cuts: list[int], seed: int) -> None:
     features, other = draw(1), sum_features(draw(2))
