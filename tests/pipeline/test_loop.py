@@ -106,7 +106,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     init_scale: float,
 ) -> None:
     scale_losses_by(monkeypatch, init_scale)
-    config = settings_of(config, **settings)
+    config = settings_of(smaller(config) if "precision" in settings else config, **settings)
     whole = load(train(config, tmp_path, data, "whole"))
     train(settings_of(config, num_steps=16), tmp_path, data, "parts")
     assert_same_to_the_bit(load(train(config, tmp_path, data, "parts")), whole)
@@ -124,6 +124,12 @@ def scale_losses_by(monkeypatch: pytest.MonkeyPatch, init_scale: float) -> None:
 def settings_of(config: Config, **settings: Any) -> Config:
     train = config.train.model_copy(update=settings)
     return config.model_copy(update={"train": train})
+
+
+def smaller(config: Config) -> Config:
+    """For fp16, which a CPU is slow at."""
+    model = config.model.model_copy(update={"dim": 4, "norm_groups": 2})
+    return settings_of(config.model_copy(update={"model": model}), global_batch_size=16)
 
 
 def equal(ours: Any, theirs: Any) -> bool:
@@ -210,7 +216,7 @@ def test_a_batch_without_a_finite_loss_is_skipped(
     caplog: pytest.LogCaptureFixture,
     precision: str,
 ) -> None:
-    config = settings_of(config, precision=precision)
+    config = settings_of(smaller(config), precision=precision)
     monkeypatch.setattr(BatchMaker, "make", poisoned(BatchMaker.make, {13}))
     done = load(train(config, tmp_path, data, "done"))
     assert (done.skipped, done.num_rewinds) == ((13,), 1)
@@ -298,7 +304,7 @@ def test_a_gradient_that_no_loss_scale_mends_is_treated_as_a_loss_that_is_not_fi
     init_scale: float,
 ) -> None:
     scale_losses_by(monkeypatch, init_scale)
-    half = settings_of(config, precision="fp16")
+    half = settings_of(smaller(config), precision="fp16")
     monkeypatch.setattr("pipeline.learner.loss_of", without_gradient({14}))
     once = load(train(half, tmp_path, data, "once"))
     assert once.skipped == ((13,) if init_scale == 1 else ())
@@ -400,6 +406,7 @@ def test_samples_and_scores_are_due_between_rows_too(
 def test_half_precision_trains_and_is_told_apart(
     config: Config, tmp_path: Path, data: dict[str, Any]
 ) -> None:
+    config = smaller(config)
     exact = load(train(config, tmp_path, data, "fp32"))
     for precision in ("bf16", "fp16"):
         half = load(train(settings_of(config, precision=precision), tmp_path, data, precision))
