@@ -1,59 +1,86 @@
 """What each setting of a recipe is worth: one changed at a time, at equal cost.
 
-    python bench/settings.py [--images 12000] [--seeds 1] [--output bench/results/settings.json]
+    python bench/settings.py [--recipe digits] [--seeds 1] [--output bench/results/settings.json]
 
-Trains examples/fashion_mnist/ten_minutes.toml for a part of its time, with cosine decay to the end,
-once as it is and once with each of VARIANTS, and scores samples against the validation split, so
-that the test split has no say. Equal cost is equal images; another network sees as many as cost the
-same FLOPs. So the result does not depend on what else the machine does. The recipe as it is is
-trained with three seeds: a difference within their spread says nothing. The last line is one JSON
-object.
+Trains a recipe of examples/ for a part of its time, once as it is and once with each of its
+variants, and scores samples against the validation split, so that the test split has no say. Equal
+cost is equal images; another network sees as many as cost the same FLOPs. So the result does not
+depend on what else the machine does. The recipe as it is is trained with three seeds: a difference
+within their spread says nothing. The last line is one JSON object.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import train_sides
 from machine import hardware, versions
-from train import prepare
 
 from pipeline.config import load_config
+from pipeline.driver import run_config
 from pipeline.extractors import extract, load_extractor
 from pipeline.models import make_unet
 from pipeline.reference import read_features
 from pipeline.scores.frechet import frechet_distance, sum_features
+from pipeline.storage import LocalStorage
 
-RECIPE = train_sides.QUALITY
-NUM_SAMPLES = 1000
 NUM_STEPS = 25  # of DDIM
 NUM_SEEDS = 3  # of the recipe as it is
-VARIANTS: dict[str, list[str]] = {
+COMMON: dict[str, list[str]] = {
     "as it is": [],
     "objective pred_noise": ["diffusion.objective=pred_noise"],
     "objective pred_x0": ["diffusion.objective=pred_x0"],
     "schedule linear": ["diffusion.schedule=linear"],
     "schedule sigmoid": ["diffusion.schedule=sigmoid"],
-    "weighting uniform": ["diffusion.weighting=uniform"],
     "EMA 0.99": ["train.ema_decay=0.99"],
     "EMA 0.9995": ["train.ema_decay=0.9995"],
-    "learning rate 5e-4": ["train.learning_rate=5e-4"],
-    "learning rate 2e-3": ["train.learning_rate=2e-3"],
     "network: dim 24": ["model.dim=24"],
     "network: dim 48": ["model.dim=48"],
+}
+CLOTHES: dict[str, list[str]] = {
+    **COMMON,
+    "weighting uniform": ["diffusion.weighting=uniform"],
+    "learning rate 5e-4": ["train.learning_rate=5e-4"],
+    "learning rate 2e-3": ["train.learning_rate=2e-3"],
     "network: mults 1, 2, 2": ["model.dim_mults=[1, 2, 2]"],
     "network: attention at two levels": ['model.attention=["none", "full", "full"]'],
+}
+DIGITS: dict[str, list[str]] = {
+    **COMMON,
+    "weighting min_snr": ["diffusion.weighting=min_snr"],
+    "learning rate 1e-3": ["train.learning_rate=1e-3"],
+    "learning rate 4e-3": ["train.learning_rate=4e-3"],
+    "cosine decay": ["train.learning_rate_decay=cosine"],
+    "told the labels": ["model.class_conditional=true"],
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is varied, and for how long it is trained."""
+
+    config: Path
+    images: int
+    num_samples: int
+    variants: Mapping[str, list[str]]
+
+
+RECIPES = {
+    "clothes": Recipe(train_sides.QUALITY, 12_000, 1000, CLOTHES),
+    "digits": Recipe(train_sides.ROOT / "examples/digits/digits.toml", 24_000, 512, DIGITS),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=12_000, help="that the recipe sees")
+    parser.add_argument("--recipe", choices=RECIPES, default="clothes")
     parser.add_argument("--seeds", type=int, default=1, help="of each variant")
     parser.add_argument("--threads", type=int, default=train_sides.NUM_THREADS)
     parser.add_argument("--output", type=Path)
@@ -62,11 +89,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        rows = measure(arguments, work)
+        recipe = RECIPES[arguments.recipe]
+        rows = measure(recipe, arguments.seeds, arguments.threads, work)
     document = {
         "rows": rows,
-        "recipe": RECIPE.name,
-        "num_samples": NUM_SAMPLES,
+        "recipe": recipe.config.name,
+        "num_samples": recipe.num_samples,
         "ddim_steps": NUM_STEPS,
         "hardware": hardware(),
         "versions": versions("torch"),
@@ -76,22 +104,24 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[dict[str, Any]]:
     """A row for each training: its name, seed, images seen and score."""
-    manifests, storage = prepare(work, ("reference",))
+    config = load_config(recipe.config, [f"storage.root={work / 'root'}"])
+    manifests = run_config(config, ("reference",), observer=lambda event: None).manifests
+    (work / "data.json").write_text(json.dumps(manifests["preprocess"]))
+    storage = LocalStorage(config.storage.root)
     extractor = load_extractor(storage, manifests["features"])
     real = sum_features(read_features(storage, manifests["reference"], "validation"))
-    wanted = [("as it is", seed) for seed in range(max(NUM_SEEDS, arguments.seeds))]
-    wanted += [(name, seed) for seed in range(arguments.seeds) for name in VARIANTS]
+    wanted = [("as it is", seed) for seed in range(max(NUM_SEEDS, num_seeds))]
+    wanted += [(name, seed) for seed in range(num_seeds) for name in recipe.variants]
     path = work / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name, seed in dict.fromkeys(wanted):
         if any((row["name"], row["seed"]) == (name, seed) for row in rows):
             continue
-        images = round(arguments.images / relative_flops(VARIANTS[name]))
-        settings = [*VARIANTS[name], f"train.seed={seed}"]
+        images = round(recipe.images / relative_flops(recipe, recipe.variants[name]))
         with ProcessPoolExecutor(1) as process:  # each begins with a fresh memory
-            samples = process.submit(draw, work, settings, images, arguments.threads).result()
+            samples = process.submit(draw, work, recipe, name, seed, images, threads).result()
         fid = frechet_distance(real, sum_features(extract(extractor, samples)))
         rows.append({"name": name, "seed": seed, "images": images, "fid": round(fid, 3)})
         with path.open("a") as file:
@@ -100,20 +130,25 @@ def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(work: Path, settings: list[str], images: int, threads: int) -> np.ndarray:
-    """Trains and samples; uint8 [NUM_SAMPLES, 1, 16, 16]."""
+def draw(work: Path, recipe: Recipe, name: str, seed: int, images: int, threads: int) -> np.ndarray:
+    """Trains and samples; uint8 [N, 1, H, W]."""
     train_sides.NUM_THREADS = threads
-    settings = [*settings, f"evaluate.num_steps={NUM_STEPS}"]
-    batch = load_config(RECIPE, settings).train.global_batch_size
-    run = train_sides.run_loop(work, RECIPE, settings, images // batch, None)
-    return run.sample(NUM_SAMPLES, 0)
+    settings = [
+        *recipe.variants[name],
+        f"train.seed={seed}",
+        f"evaluate.num_steps={NUM_STEPS}",
+        "train.num_workers=1",
+    ]
+    batch = load_config(recipe.config, settings).train.global_batch_size
+    run = train_sides.run_loop(work, recipe.config, settings, images // batch, None)
+    return run.sample(recipe.num_samples, 0)
 
 
-def relative_flops(settings: list[str]) -> float:
+def relative_flops(recipe: Recipe, settings: list[str]) -> float:
     """Of the network with these settings over that of the recipe."""
-    networks = [make_unet(load_config(RECIPE, s), 0, 10) for s in (settings, [])]
-    ours, recipe = map(train_sides.count_flops, networks)
-    return ours / recipe
+    networks = [make_unet(load_config(recipe.config, s), 0, 10) for s in (settings, [])]
+    ours, plain = map(train_sides.count_flops, networks)
+    return ours / plain
 
 
 if __name__ == "__main__":
