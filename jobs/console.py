@@ -13,6 +13,7 @@ from rich.table import Table
 from pipeline.driver import Plan
 from pipeline.settings import Config
 from pipeline.storage import in_bytes
+from pipeline.torchrun import torchrun_world
 from pipeline.workflow import Event, PlannedStep
 
 LINE_EVERY_S = 10.0
@@ -39,6 +40,8 @@ def say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
     if not left:
         return
     places = config.cluster.address or "Ray on this machine"
+    if (world := torchrun_world()) is not None:
+        places = f"{world.world_size} ranks of torchrun, what comes before training on {places}"
     console.print(
         f"run {planned.run}: {len(left)} of {len(planned.steps)} steps to do, on {places}; "
         "steps share the cluster where they fit, otherwise one follows the other",

@@ -139,13 +139,13 @@ def make_plan(
     extractor = identify_extractor(
         config.features, storage, read_remote=read_remote, on_hash=on_hash
     )
-    last = last_identities(storage, config.name)
     given: dict[str, Any] = {
         "start": basis.start,
         "evaluation": basis.evaluation,
         "listed": basis.inputs,
     }
     steps = make_steps(config, inputs.shards, extractor, subject, **given)
+    last = last_identities(storage, config.name, [step.name for step in steps])
     planned = plan(steps, storage, last, basis.pinned)
     run, search = run_id(config, planned), None
     if config.tune.enabled and subject is None and not set(targets) <= BEFORE_TRAINING:

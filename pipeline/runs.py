@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ConfigError, StorageError
@@ -182,13 +182,29 @@ def list_runs(storage: Storage) -> list[str]:
     return [run for _, run in sorted(found)]
 
 
-def last_identities(storage: Storage, name: str) -> Mapping[str, Any] | None:
-    """What determined each step in the latest run of this name, or None."""
+def last_identities(storage: Storage, name: str, steps: Sequence[str]) -> Mapping[str, Any] | None:
+    """What determined each step in the latest run of this name, or None.
+
+    Not of one that evaluated something else, images or a model made elsewhere in place of the
+    training, or the training in place of these: what differs there is no change of a setting.
+
+    Args:
+        storage: the root.
+        name: of the config.
+        steps: those that are planned.
+    """
     for run in reversed(list_runs(storage)):
         document = _read_json(storage, f"runs/{run}/run.json")
         if document is not None and document["name"] == name:
-            return document["identities"]
+            known = document["identities"]
+            if "evaluate" not in known or _subject(known) == _subject(steps):
+                return known
     return None
+
+
+def _subject(steps: Iterable[str]) -> set[str]:
+    """The steps that say what is evaluated; none of a model made elsewhere."""
+    return {"train", "images"} & set(steps)
 
 
 def _read_text(storage: Storage, path: str) -> str:

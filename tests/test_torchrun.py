@@ -104,6 +104,7 @@ def test_two_ranks_under_torchrun_learn_what_one_process_does(
     done = torchrun(tiny_config, "train.num_steps=30", log)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("train      done in") == 1  # rank 0 speaks
+    assert "to do, on 2 ranks of torchrun," in done.stdout
     assert "continues from the checkpoint at step 5" in done.stdout
     planned, whole = plan_of(tiny_config, "train.num_steps=30", log)
     assert planned.is_cached
