@@ -1,7 +1,7 @@
 # Everything runs in .venv, made from constraints.txt on first use.
 #
 #   make demo      train on examples/digits and write a report
-#   make test      lint, types and tests, about twelve minutes
+#   make test      lint, types and tests, about a quarter of an hour
 #   make test-all  also the tests marked slow
 #
 # PYTHON     the interpreter to make .venv with (3.11)
