@@ -72,6 +72,8 @@ def iter_npz(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
     except Refused as refused:
         yield Refusal("", refused.reason, refused.detail, hides_more=True)
         return
+    if (detail := archive.unlisted) is not None:
+        yield Refusal("", "unreadable_shard", detail, hides_more=True)
     arrays = {}
     for info in archive.members:
         name = name_of(info)

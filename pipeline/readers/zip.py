@@ -26,8 +26,7 @@ def iter_zip(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:
     except Refused as refused:
         yield Refusal("", refused.reason, refused.detail, hides_more=True)
         return
-    if archive.has_more_before:
-        detail = "members before the first one that the directory lists are not read"
+    if (detail := archive.unlisted) is not None:
         yield Refusal("", "unreadable_shard", detail, hides_more=True)
     suffixes = item_suffixes(data)
     companions = _find_companions(archive, suffixes)

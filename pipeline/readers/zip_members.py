@@ -21,6 +21,8 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of others zipfile bounds
 READ_BYTES = 1 << 18
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER = b"PK\x03\x04"
+_END, _LARGE_END = b"PK\x05\x06", b"PK\x06\x06"  # of the directory; of one of 65,535 or more
+_END_BYTES = (1 << 16) + 256  # of the file, which both are in, whatever comment follows them
 _FAULTS = (  # what zipfile raises at damaged and unusual archives
     zipfile.BadZipFile,
     NotImplementedError,
@@ -51,6 +53,7 @@ class ZipInput:
             raise Refused("empty", "the file is empty")
         with self._faults("unreadable_shard"):
             self._archive = zipfile.ZipFile(self._source)
+            self._num_declared = self._read_count()
         self.members = self._archive.filelist
         by_place = sorted(self.members, key=lambda info: info.header_offset)
         self._overlapping = {
@@ -61,10 +64,30 @@ class ZipInput:
         self._start = by_place[0].header_offset if by_place else self._source.num_bytes
 
     @property
-    def has_more_before(self) -> bool:
-        """Whether members lie before the first one that the directory lists."""
+    def unlisted(self) -> str | None:
+        """In words, why there may be more than `members`; None where there is no sign of it."""
+        count = len(self.members)
+        if self._num_declared not in (None, count):
+            return (
+                f"its directory counts {self._num_declared:,} members, {count:,} can be read in it"
+            )
         self._source.seek(0)
-        return self._start > 0 and self._source.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
+        if self._start > 0 and self._source.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER:
+            return "members before the first one that the directory lists are not read"
+        return None
+
+    def _read_count(self) -> int | None:
+        """How many members the end of the directory declares; zipfile does not look at it."""
+        self._source.seek(max(0, self._source.num_bytes - _END_BYTES))
+        tail = self._source.read()
+        end = tail.rfind(_END)
+        if end < 0 or len(tail) < end + 12:
+            return None
+        (count,) = struct.unpack_from("<H", tail, end + 10)
+        if count < 0xFFFF:
+            return count
+        large = tail.rfind(_LARGE_END, 0, end)
+        return struct.unpack_from("<Q", tail, large + 32)[0] if 0 <= large <= end - 40 else None
 
     def read(self, info: zipfile.ZipInfo) -> bytes:
         """The content of a member.

@@ -251,6 +251,30 @@ def test_a_zip_after_another_tells_that_there_is_more() -> None:
     assert outline(read(b"#!/bin/sh\n" + second)) == [("b.png", None)]
 
 
+def test_a_directory_that_ends_before_its_time_tells_that_there_is_more() -> None:
+    content = pack([("a/0.png", b"0"), ("b/1.png", b"1"), ("b/2.png", b"2")])
+    comment = in_directory(content, "b/1.png") + 32
+    first, *items = read(patch(content, comment, "<H", 0xFFFF))  # it hides what follows
+    assert first == Refusal(
+        "", "unreadable_shard", "its directory counts 3 members, 2 can be read in it",
+        hides_more=True,
+    )  # fmt: skip
+    assert [item.member for item in items if isinstance(item, Item)] == ["a/0.png", "b/1.png"]
+
+
+def test_more_members_than_the_short_count_holds_are_counted(monkeypatch: Any) -> None:
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)  # beyond it zipfile writes the long one
+    content = pack([(f"a/{k}.png", b"x") for k in range(4)])
+    assert b"PK\x06\x06" in content
+    assert len(read(content)) == 4
+    place = content.rindex(b"PK\x06\x06") + 32
+    short = content.rindex(b"PK\x05\x06") + 10
+    first, *items = read(patch(patch(content, place, "<Q", 5), short, "<H", 0xFFFF))
+    assert isinstance(first, Refusal)
+    assert first.detail == "its directory counts 5 members, 4 can be read in it"
+    assert len(items) == 4
+
+
 def test_a_directory_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zip_members, "MAX_DIRECTORY_BYTES", 1 << 17)
     content = pack([(f"{k:060d}.png", b"") for k in range(1500)])
