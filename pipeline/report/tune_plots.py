@@ -66,6 +66,8 @@ def score_by_parameter(trials: Sequence[Mapping[str, Any]], metric: str) -> str 
             axes.set_xlim(-0.5, len(kinds) - 0.5)
         elif min(values) > 0 and max(values) > LOG_SPAN * min(values):
             axes.set_xscale("log")
+        else:
+            axes.locator_params(axis="x", nbins=4)  # long numbers must not touch
         axes.set(xlabel=name, yscale=_scale([t["rungs"][-1]["value"] for t in having]))
         axes.set_ylabel(metric if axes in grid[:, 0] else "")
     return to_svg(figure)
