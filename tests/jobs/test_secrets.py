@@ -42,18 +42,18 @@ def test_a_run_keeps_no_webhook(
 def test_a_cycle_is_given_no_webhook_for_its_pages(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:
-    targets = []
+    commands = []
 
-    def keep_target(config: Any, *, target: str, **_: Any) -> Cycle:
-        targets.append(target)
+    def keep_command(config: Any, *, command: str, **_: Any) -> Cycle:
+        commands.append(command)
         assert config.notify.on_promote == HOOK
         return Cycle("nothing_new", "Nothing new.")
 
-    monkeypatch.setattr(retrain, "retrain_model", keep_target)
+    monkeypatch.setattr(retrain, "retrain_model", keep_command)
     options = ["--set", secret, "--set", NO_CLUSTER]
     done = CliRunner().invoke(app, ["retrain", str(tiny_config), *options])
     assert done.exit_code == 0, done.output
-    assert targets == [f"{tiny_config} --set {NO_CLUSTER}"]
+    assert commands == [f"run {tiny_config} --set {NO_CLUSTER}"]
 
 
 def test_what_is_submitted_has_no_webhook(tiny_config: Path, run_cli: Callable[..., Any]) -> None:
