@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -201,10 +202,19 @@ def test_what_is_not_for_all_ranks_is_refused_at_once(
     assert "Use torchrun for the verb train" in done.stdout + done.stderr
 
 
-def test_rank_0_does_not_wait_for_a_torchrun_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and nothing listens there
+@pytest.mark.parametrize("is_there", [True, False])
+def test_rank_0_does_not_wait_for_a_torchrun_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    class Store:
+        compare_set = Mock()
+
+    monkeypatch.setattr("pipeline.torchrun.open_store", Store)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # where nothing listens yet
+        if is_there:
+            server.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", str(unused.getsockname()[1]))
-        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)  # it comes not so far
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         dismiss()
+    assert Store.compare_set.call_count == is_there
