@@ -51,7 +51,11 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="longer gradients are shortened to it"
     )
-    ema_decay: Fraction = Field(default=0.999, description="of the weights' moving average")
+    ema_decay: Fraction = Field(
+        default=0.999,
+        description="of the weights' moving average, at most: it rises by `1 - (1 + step)^-0.75`, "
+        "to 0.99 after 460 steps and 0.999 after 10,000",
+    )
     timestep_draw: Literal["uniform", "antithetic", "stratified"] = Field(
         default="uniform", description="how the timesteps of a batch are drawn"
     )
