@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import safetensors.torch
@@ -112,21 +113,26 @@ class CheckpointStore:
                 for name, sha256 in hashes.items()
             },
         }
-        if is_complete(self.storage, self.directory, step):
-            if step not in self._passed_over and self.load(step) is not None:
-                return
+        is_there = is_complete(self.storage, self.directory, step)
+        if is_there and (step in self._passed_over or self.load(step) is None):
             self._delete(step)  # this one takes its place
-        for name, content in files.items():
-            self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
-        manifest["sha256"] = _hash_of(manifest)
-        self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
+            is_there = False
+        if not is_there:
+            for name, content in files.items():
+                self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
+            manifest["sha256"] = _hash_of(manifest)
+            self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
+        # Also where it is there: who made it may have failed before the rest was done.
         self._losses[step] = checkpoint.validation_loss
-        self.show_metrics(checkpoint.history)
+        self._show(files["metrics.jsonl"])
         self._drop_old(step)
 
     def show_metrics(self, history: Sequence[Row]) -> None:
         """Writes `<directory>/metrics.jsonl`, for people, up to the checkpoint that counts."""
-        self.storage.replace(f"{self.directory}/metrics.jsonl", to_lines(history))
+        self._show(to_lines(history))
+
+    def _show(self, lines: bytes) -> None:
+        self.storage.replace(f"{self.directory}/metrics.jsonl", lines)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
@@ -200,8 +206,9 @@ class CheckpointStore:
         named = [s for s in named_steps(self.storage, self.directory) if s <= last]
         losses = self._losses_of([s for s in named if s not in self._passed_over])
         kept = set(list(losses)[-KEPT:])
-        if measured := {step: loss for step, loss in losses.items() if loss is not None}:
-            kept.add(min(measured, key=lambda step: (measured[step], step)))
+        finite = {n: loss for n, loss in losses.items() if loss is not None and isfinite(loss)}
+        if finite:
+            kept.add(min(finite, key=lambda step: (finite[step], step)))
         if self.keep_every is not None:
             kept |= {step for step in losses if step % self.keep_every == 0}
         for step in named:

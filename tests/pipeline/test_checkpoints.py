@@ -49,6 +49,32 @@ def test_keeps_the_latest_two_up_to_the_one_saved(store: CheckpointStore) -> Non
     assert store.steps() == [5, 30, 40]
 
 
+def test_saving_again_does_what_the_first_time_left_undone(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        store.save(make_checkpoint(step))
+
+    def refuse(self: CheckpointStore, lines: bytes) -> None:
+        raise StorageError("Cannot write. Wait.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_show", refuse)
+        with pytest.raises(StorageError):
+            store.save(make_checkpoint(30))
+    store.save(make_checkpoint(30))
+    assert store.steps() == [20, 30]
+    shown = json.loads((tmp_path / "t" / "metrics.jsonl").read_text())
+    assert shown == make_checkpoint(30).history[0]
+
+
+def test_a_loss_that_is_not_finite_is_not_the_best(store: CheckpointStore) -> None:
+    for step, loss in enumerate((float("nan"), 0.5, 0.9, 0.8, 0.7), 1):
+        rows = [{"global_step": step, "validation_loss": loss}]
+        store.save(replace(make_checkpoint(step), history=rows))
+    assert store.steps() == [2, 4, 5]
+
+
 def test_takes_none_beyond_the_end(store: CheckpointStore) -> None:
     store.save(make_checkpoint(10))
     store.save(make_checkpoint(20))
