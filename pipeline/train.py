@@ -54,10 +54,8 @@ def train(context: StepContext) -> dict[str, Any]:
         "watches_preemption": context.config.cluster.address is not None,
         "trace": os.environ.get(trace.VARIABLE),
     }
-    # At least one rank is on a node; where there are more, they look again themselves.
-    data = dict(context.inputs["preprocess"])
-    _check_cache(context.config, context.storage, data, 1, context.config.train.max_workers)
     world = torchrun_world()
+    _check_caches(context, world)
     with scores_beside(context) as scorer, _tell_progress(context, scorer):
         settings["fid_directory"] = scorer and scorer.directory
         if world is None:
@@ -122,9 +120,8 @@ def train_in_process(
     train, window = config.train, config.data.shuffle_window
     num_classes = _num_classes(config, storage, data)
     world_size = ranks.get("world_size", 1)
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun and Ray Train set it
     _await_storage(storage, data, train.storage_patience_s)
-    _check_cache(config, storage, data, min(on_node, world_size), world_size)
+    _check_cache(config, storage, data, min(_ranks_on_node(), world_size), world_size)
     how: dict[str, Any] = {
         "cache_bytes": config.data.cache_bytes,
         "patience_s": train.storage_patience_s,
@@ -273,6 +270,7 @@ def _train_rank(
         on_row = trace.trace_rank(path, on_row, rank=rank, world_size=world_size)
     hooks = Hooks(on_row, views.on_samples, wants_checkpoint=wants_checkpoint)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(views))
         if rank == 0 and (directory := settings["fid_directory"]) is not None:
             handover = stack.enter_context(contextlib.closing(WeightsHandover(storage, directory)))
             hooks = replace(hooks, on_fid=handover.hand_over)
@@ -287,6 +285,28 @@ def _train_rank(
             device=device,
             hooks=hooks,
         )
+
+
+def _check_caches(context: StepContext, world: World | None) -> None:
+    """Refuses what cannot be cached; says where it could not be by fewer workers than may train."""
+    config, train = context.config, context.config.train
+    data = dict(context.inputs["preprocess"])
+    if world is not None:
+        on_node = min(_ranks_on_node(), world.world_size)
+        _check_cache(config, context.storage, data, on_node, world.world_size)
+        return
+    # At least one rank is on a node; where there are more, they look again themselves.
+    _check_cache(config, context.storage, data, 1, train.max_workers)
+    try:
+        _check_cache(config, context.storage, data, 1, train.min_workers)
+    except DataError as error:
+        fewest = f"{train.min_workers} of {train.max_workers} workers"
+        context.note(f"training would end if {fewest} were left: {error}")
+
+
+def _ranks_on_node() -> int:
+    """As torchrun and Ray Train set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _check_cache(

@@ -1,7 +1,8 @@
 """What a person sees of a training while it runs, written by rank 0 beside its checkpoints.
 
 `progress.json` for the driver and `status`, `tensorboard/` with all of `metrics.jsonl`, and
-`samples/<step>.png`. All of it is for the eye: when it cannot be written, training goes on.
+`samples/<step>.png`. All of it is for the eye: training neither waits until it is written nor ends
+when it cannot be.
 """
 
 import contextlib
@@ -9,8 +10,9 @@ import json
 import logging
 import socket
 import struct
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +31,10 @@ from pipeline.storage import LocalStorage, Storage
 PROGRESS_EVERY_S = 1.0
 WRITE_EVERY_S = 5.0  # TensorBoard's file
 UPLOAD_EVERY_S = 30.0  # where the storage is remote
+CLOSE_WITHIN_S = 60.0  # for what is still to be written at the end
 NUM_SAMPLES, COLUMNS, TILE_PX = 64, 8, 64
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingViews:
@@ -49,13 +54,18 @@ class TrainingViews:
         self._notes = _CollectedWarnings()
         logging.getLogger("pipeline").addHandler(self._notes)
         self._board: TensorBoard | None = None
+        self._writer = LatestWriter()
+
+    def close(self) -> None:
+        """Until all is written, or for a minute."""
+        self._writer.close()
 
     def on_row(self, row: Row, first_step: int) -> None:
         """Shows a row of metrics; the progress at most once a second, and at the end."""
         now = time.time()
         if self._board is None:
             directory = f"{self._directory}/tensorboard"
-            self._board = TensorBoard(self._storage, directory, first_step + 1)
+            self._board = TensorBoard(self._storage, directory, first_step + 1, self._writer.put)
         is_last = row["global_step"] == self._config.train.num_steps
         self._board.add(row["global_step"], _scalars(row))
         if is_last:
@@ -74,12 +84,16 @@ class TrainingViews:
             "seconds_to_first_step": self._first_step_s,
             "notes": self._notes.texts,
         }
-        with contextlib.suppress(StorageError):  # the next one may pass
-            path = f"{self._directory}/progress.json"
-            self._storage.replace(path, json.dumps(document).encode())
+        self._replace("progress.json", json.dumps(document).encode())
 
     def on_samples(self, step: int, model: nn.Module) -> None:
         """Draws the same seeds after so many steps, of each class where there are any."""
+        try:
+            self._replace(f"samples/{step:09d}.png", self._draw(model))
+        except Exception as error:  # out of memory, say: the step's checkpoint is still to come
+            logger.warning("There is no picture at step %s: %s", f"{step:,}", error)
+
+    def _draw(self, model: nn.Module) -> bytes:
         assert isinstance(model, UNet)
         num_classes = model.config.num_classes
         columns = _columns(num_classes)
@@ -90,11 +104,58 @@ class TrainingViews:
         from pipeline.report.plots import draw_grid, draw_sequences  # matplotlib: only for these
 
         if self._config.data.is_sequence:
-            picture = draw_sequences(samples.cpu().numpy(), columns)
-        else:
-            picture = draw_grid(quantise(samples), columns, TILE_PX)
-        with contextlib.suppress(StorageError):
-            self._storage.replace(f"{self._directory}/samples/{step:09d}.png", picture)
+            return draw_sequences(samples.cpu().numpy(), columns)
+        return draw_grid(quantise(samples), columns, TILE_PX)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        path = f"{self._directory}/{name}"
+        self._writer.put(path, lambda: self._storage.replace(path, content))
+
+
+class LatestWriter:
+    """Writes on a thread of its own, of every path the latest: nobody waits for a storage.
+
+    What fails is left out; the next one may pass.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Callable[[], None]] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def put(self, path: str, write: Callable[[], None]) -> None:
+        """Has it written soon, in place of what is waiting for the same path."""
+        with self._changed:
+            self._waiting[path] = write
+            if self._thread is None:
+                # A daemon: a process must end though a storage does not answer.
+                self._thread = threading.Thread(target=self._run, name="views", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Until what was put is written, or for a minute; nothing may be put afterwards."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(CLOSE_WITHIN_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_closed)
+                if not self._waiting:
+                    return
+                write = self._waiting.pop(next(iter(self._waiting)))
+            with contextlib.suppress(StorageError, OSError):
+                write()
+
+
+def _at_once(path: str, write: Callable[[], None]) -> None:
+    with contextlib.suppress(StorageError, OSError):
+        write()
 
 
 class TensorBoard:
@@ -107,12 +168,19 @@ class TensorBoard:
         storage: the root.
         directory: of the file, below the root.
         purge_step: events of earlier files of the directory from this step on are no more.
+        put: told of a path and what writes it, where it is remote; writes at once when not given.
     """
 
-    def __init__(self, storage: Storage, directory: str, purge_step: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        directory: str,
+        purge_step: int,
+        put: Callable[[str, Callable[[], None]], None] = _at_once,
+    ) -> None:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._storage, self._path = storage, f"{directory}/{name}"
-        self._is_local = isinstance(storage, LocalStorage)
+        self._put, self._is_local = put, isinstance(storage, LocalStorage)
         self._content = bytearray()  # not written yet; of a remote file all of it
         self._num_written, self._written_at = 0, 0.0
         self._last_step = purge_step
@@ -133,11 +201,12 @@ class TensorBoard:
     def flush(self) -> None:
         """Makes all that was added readable, unless the storage is away."""
         self._written_at = time.time()
-        with contextlib.suppress(StorageError, OSError):
-            if self._is_local:
+        if self._is_local:
+            with contextlib.suppress(OSError):
                 self._grow(Path(self._storage.uri, self._path))
-            else:
-                self._storage.replace(self._path, bytes(self._content))
+            return
+        content = bytes(self._content)
+        self._put(self._path, lambda: self._storage.replace(self._path, content))
 
     def _grow(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

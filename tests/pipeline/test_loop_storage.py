@@ -225,6 +225,7 @@ def test_what_is_for_the_eye_holds_nobody_up(
     hooks = Hooks(on_row=on_row, on_samples=views.on_samples)
     # On the full disk there is room again before the first checkpoint.
     store = train("x", hooks, sample_every=6, checkpoint_every=8 if trouble == "away" else 24)
+    views.close()
     assert load(store).global_step == STEPS
     (events,) = (directory / "tensorboard").iterdir()
     losses = [step for tag, step, _ in read_events(events.read_bytes()) if tag == "train/loss"]

@@ -14,12 +14,13 @@ import pytest
 from pipeline import train as pipeline_train
 from pipeline.batches import BatchMaker
 from pipeline.config import load_config
-from pipeline.errors import StorageError
+from pipeline.errors import DataError, StorageError
 from pipeline.patience import Patience
 from pipeline.runs import RunRecord
 from pipeline.settings import Config
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage, Storage
+from pipeline.torchrun import torchrun_world
 from pipeline.train import _tell_progress, most_groups, train, train_in_process
 from pipeline.workflow import Event, StepContext, plan
 
@@ -37,6 +38,46 @@ def test_a_node_has_at_most_so_many_groups(num_groups: int, world_size: int) -> 
     for on_node in range(1, world_size + 1):
         most = max(sum(shares[k : k + on_node]) for k in range(world_size - on_node + 1))
         assert most <= most_groups(num_groups, on_node, world_size) <= num_groups
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "num_workers", "refused_above", "checked", "noted"),
+    [
+        # 8 groups: of 4 ranks on 2 nodes a node has 4, of 4 workers on a node each 2, of one all.
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "1", 4, [4], False),
+        ({}, "[1, 4]", 2, [2, 8], True),
+        ({}, "[1, 4]", 8, [2, 8], False),
+    ],
+)
+def test_the_cache_is_checked_for_those_who_will_train(
+    told: "Told",
+    tiny_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    torchrun: dict[str, str],
+    num_workers: str,
+    refused_above: int,
+    checked: list[int],
+    noted: bool,
+) -> None:
+    ranks = {"TORCHELASTIC_RUN_ID": "r", "RANK": "0", "LOCAL_RANK": "0"} if torchrun else {}
+    for name, value in {**torchrun, **ranks}.items():
+        monkeypatch.setenv(name, value)
+    settings = ["train.global_batch_size=128", f"train.num_workers={num_workers}"]
+    seen: list[int] = []
+
+    def check(*_: Any, global_batch_size: int, num_groups: int) -> None:
+        seen.append(num_groups)
+        if num_groups > refused_above:
+            raise DataError("The cache is too small. Raise data.cache_bytes.")
+
+    monkeypatch.setattr(pipeline_train, "check_cache_fits", check)
+    config = load_config(tiny_config, settings)
+    context = replace(told.context, config=config, inputs={"preprocess": {}})
+    pipeline_train._check_caches(context, torchrun_world())
+    assert seen == checked
+    notes = [told.told.get_nowait() for _ in range(told.told.qsize())]
+    warning = "training would end if 1 of 4 workers were left: The cache is too small. Raise "
+    assert notes == ([warning + "data.cache_bytes."] if noted else [])
 
 
 class Told:

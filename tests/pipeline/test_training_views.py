@@ -1,7 +1,9 @@
 import io
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,9 @@ def iter_events(content: bytes) -> Iterator[Any]:
 def run(
     config: Any, storage: Storage, data: dict[str, Any], started: float = 0.0
 ) -> list[dict[str, Any]]:
-    views = TrainingViews(config, storage, "t", started)
-    hooks = Hooks(on_row=views.on_row, on_samples=views.on_samples)
-    return train_in_process(config, storage, "t", data, hooks=hooks)
+    with closing(TrainingViews(config, storage, "t", started)) as views:
+        hooks = Hooks(on_row=views.on_row, on_samples=views.on_samples)
+        return train_in_process(config, storage, "t", data, hooks=hooks)
 
 
 def load_ema(storage: Storage, step: int) -> Mapping[str, torch.Tensor]:
@@ -78,10 +80,10 @@ def test_rows_and_samples_are_to_be_seen(
     assert Image.open(io.BytesIO(first)).size == (8 * 68 - 4, 8 * 68 - 4)
     assert first != second
     run(config, storage, data)  # it was done
-    views = TrainingViews(config, storage, "again", 0.0)
     model = make_unet(config, 0)
     model.load_state_dict(dict(load_ema(storage, 8)))
-    views.on_samples(8, model)
+    with closing(TrainingViews(config, storage, "again", 0.0)) as views:
+        views.on_samples(8, model)
     assert (tmp_path / "again" / "samples" / names[1]).read_bytes() == second
 
 
@@ -118,8 +120,8 @@ def test_samples_show_every_class(
         return (class_labels / 100)[:, None, None, None].expand(-1, 1, 8, 8)
 
     monkeypatch.setattr("pipeline.training_views.sample_items", sample_labels)
-    views = TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)
-    views.on_samples(2, make_unet(config, 0, num_classes))
+    with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
+        views.on_samples(2, make_unet(config, 0, num_classes))
     picture = Image.open(tmp_path / "t" / "samples" / "000000002.png").convert("L")
     assert picture.size == (columns * 68 - 4, rows * 68 - 4)
     shades = np.asarray(picture)[32::68, 32::68]
@@ -128,23 +130,62 @@ def test_samples_show_every_class(
         assert (shades == shades[0]).all()
 
 
+ROW: dict[str, Any] = {
+    "global_step": 4, "images_seen": 64, "loss": 0.5, "loss_by_noise": [0.1, None, 0.2, 0.3],
+    "grad_norm": 1.0, "learning_rate": 0.1, "num_rewinds": 0, "images_per_s": 10.0,
+    "wall_s": 2.0, "seconds": {"compute": 2.0}, "validation_loss": 0.25,
+}  # fmt: skip
+
+
 def test_the_file_of_events_goes_to_remote_storage_too(
     object_store: Any, tiny_config: Path
 ) -> None:
     _, bucket = object_store
     storage = open_storage(f"s3://{bucket}/root")
-    views = TrainingViews(load_config(tiny_config, ["train.num_steps=4"]), storage, "t", 0.0)
-    row = {
-        "global_step": 4, "images_seen": 64, "loss": 0.5, "loss_by_noise": [0.1, None, 0.2, 0.3],
-        "grad_norm": 1.0, "learning_rate": 0.1, "num_rewinds": 0, "images_per_s": 10.0,
-        "wall_s": 2.0, "seconds": {"compute": 2.0}, "validation_loss": 0.25,
-    }  # fmt: skip
-    logging.getLogger("pipeline.loop").warning("it went back")
-    views.on_row(row, 0)
+    config = load_config(tiny_config, ["train.num_steps=4"])
+    with closing(TrainingViews(config, storage, "t", 0.0)) as views:
+        logging.getLogger("pipeline.loop").warning("it went back")
+        views.on_row(ROW, 0)
     (name,) = storage.list("t/tensorboard")
     tags = {tag: value for tag, _, value in read_events(storage.read(f"t/tensorboard/{name}"))}
     assert tags["validation/loss"] == 0.25
     assert json.loads(storage.read("t/progress.json"))["notes"] == ["it went back"]
+
+
+def test_a_storage_that_does_not_answer_holds_nobody_up(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, written = threading.Event(), LocalStorage.replace
+
+    def wait(self: LocalStorage, path: str, content: bytes) -> None:
+        assert answers.wait(60)
+        written(self, path, content)
+
+    monkeypatch.setattr(LocalStorage, "replace", wait)
+    monkeypatch.setattr("pipeline.training_views.PROGRESS_EVERY_S", 0.0)
+    config = load_config(tiny_config, ["train.num_steps=9"])
+    with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
+        for step in range(1, 10):
+            views.on_row(ROW | {"global_step": step}, 0)  # each returns, or the test would hang
+        answers.set()
+    assert json.loads((tmp_path / "t" / "progress.json").read_text())["global_step"] == 9
+
+
+def test_samples_that_cannot_be_drawn_end_nothing(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("pipeline.training_views.sample_items", fail)
+    config = load_config(tiny_config)
+    with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
+        views.on_samples(1000, make_unet(config, 0))
+    assert "There is no picture at step 1,000: out of memory" in caplog.text
+    assert not (tmp_path / "t").exists()
 
 
 def test_events_that_training_comes_by_again_replace_those_before(
