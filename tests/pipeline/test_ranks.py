@@ -39,6 +39,7 @@ EVERYTHING = [
     "diffusion.learned_variance=true",
     "diffusion.offset_noise=0.1",
     "train.timestep_draw=stratified",
+    "data.shuffle_window=64",
     "train.horizontal_flip=true",
     "model.class_conditional=true",
     "model.norm=rms",
