@@ -1,6 +1,7 @@
 """What each setting of a recipe is worth: one changed at a time, at equal cost.
 
     python bench/settings.py [--recipe digits] [--seeds 1] [--output bench/results/settings.json]
+    python bench/settings.py --images 36000 --variants "network: dim 24"
 
 Trains a recipe of examples/ for a part of its time, once as it is and once with each of its
 variants, and scores samples against the validation split, so that the test split has no say. Equal
@@ -13,9 +14,9 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--recipe", choices=RECIPES, default="clothes")
     parser.add_argument("--seeds", type=int, default=1, help="of each variant")
+    parser.add_argument("--images", type=int, help="that the recipe as it is sees")
+    parser.add_argument("--variants", nargs="+", help="some of them by name; else all")
     parser.add_argument("--threads", type=int, default=train_sides.NUM_THREADS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--work", type=Path, help="goes on with what is there; else temporary")
@@ -90,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        recipe = RECIPES[arguments.recipe]
+        recipe = choose(RECIPES[arguments.recipe], arguments.images, arguments.variants)
         rows = measure(recipe, arguments.seeds, arguments.threads, work)
     document = {
         "rows": rows,
@@ -103,6 +106,13 @@ def main() -> None:
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
+
+
+def choose(recipe: Recipe, images: int | None, names: Sequence[str] | None) -> Recipe:
+    """The recipe with another length and some of its variants, where they are given."""
+    chosen = recipe.variants if names is None else {n: recipe.variants[n] for n in names}
+    variants = {"as it is": [], **chosen}
+    return replace(recipe, images=images or recipe.images, variants=variants)
 
 
 def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[dict[str, Any]]:
@@ -118,9 +128,9 @@ def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[di
     path = work / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name, seed in dict.fromkeys(wanted):
-        if any((row["name"], row["seed"]) == (name, seed) for row in rows):
-            continue
         images = round(recipe.images / relative_flops(recipe, recipe.variants[name]))
+        if any((row["name"], row["seed"], row["images"]) == (name, seed, images) for row in rows):
+            continue
         with ProcessPoolExecutor(1) as process:  # each begins with a fresh memory
             samples = process.submit(draw, work, recipe, name, seed, images, threads).result()
         fid = frechet_distance(real, sum_features(extract(extractor, samples)))
