@@ -419,11 +419,11 @@ def flops_of_equals() -> dict[str, int]:
     }
 
 
-def count_flops(network: nn.Module) -> int:
+def count_flops(network: nn.Module, shape: tuple[int, ...] = (1, RESOLUTION, RESOLUTION)) -> int:
     """Of a forward pass of one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, t = torch.randn(1, 1, RESOLUTION, RESOLUTION), torch.zeros(1, dtype=torch.long)
+    x, t = torch.randn(1, *shape), torch.zeros(1, dtype=torch.long)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network(x, t)
     return counter.get_total_flops()
