@@ -65,26 +65,35 @@ def load(store: CheckpointStore, step: int = STEPS) -> Checkpoint:
 
 
 class Outage:
-    """The root goes after a step, and is back when the simulated clock says so."""
+    """The root goes after a step, and is back when the simulated clock says so.
+
+    It becomes a link, which goes and comes at once: no write can fall between.
+    """
 
     def __init__(self, root: Path, at_step: int, seconds: float) -> None:
         self.root, self.at_step, self.seconds = root, at_step, seconds
-        self.away = root.with_name("away")
+        self.there, self.away = root.with_name("there"), root.with_name("away")
+        self.away.touch()  # what reads or writes below a file fails
         self.pauses: list[float] = []
+        root.rename(self.there)
+        self.link_to(self.there)
+
+    def link_to(self, target: Path) -> None:
+        link = self.root.with_name("link")
+        link.symlink_to(target)
+        link.replace(self.root)
 
     def on_row(self, row: dict[str, Any], first_step: int) -> None:
         if row["global_step"] == self.at_step:
-            self.root.rename(self.away)
-            self.root.touch()  # what reads or writes below it fails
+            self.link_to(self.away)
 
     def patience(self, seconds: float) -> Patience:
         return Patience(seconds, self.sleep, lambda: sum(self.pauses))
 
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
-        if self.away.exists() and sum(self.pauses) >= self.seconds:
-            self.root.unlink()
-            self.away.rename(self.root)
+        if sum(self.pauses) >= self.seconds:
+            self.link_to(self.there)
 
 
 def test_storage_that_is_away_for_a_minute_costs_nothing(
