@@ -297,6 +297,8 @@ def _check_caches(context: StepContext, world: World | None) -> None:
         return
     # At least one rank is on a node; where there are more, they look again themselves.
     _check_cache(config, context.storage, data, 1, train.max_workers)
+    if train.min_workers == train.max_workers:
+        return
     try:
         _check_cache(config, context.storage, data, 1, train.min_workers)
     except DataError as error:
