@@ -118,9 +118,9 @@ def train_in_process(
         **ranks: `rank`, `world_size`, `device`, `hooks` of `train_loop`.
     """
     train, window = config.train, config.data.shuffle_window
-    num_classes = _num_classes(config, storage, data)
     world_size = ranks.get("world_size", 1)
     _await_storage(storage, data, train.storage_patience_s)
+    num_classes = _num_classes(config, storage, data)
     _check_cache(config, storage, data, min(_ranks_on_node(), world_size), world_size)
     how: dict[str, Any] = {
         "cache_bytes": config.data.cache_bytes,

@@ -242,9 +242,24 @@ def test_what_is_for_the_eye_holds_nobody_up(
     assert json.loads((directory / "progress.json").read_text())["global_step"] == STEPS
 
 
+@pytest.mark.parametrize("is_conditional", [False, True])
 def test_workers_that_start_while_the_storage_is_away_wait_for_it(
-    train: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Path,
+    tmp_path: Path,
+    write_data_set: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    is_conditional: bool,
 ) -> None:
+    storage = LocalStorage(str(tmp_path / "root"))
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 1, 8, 8), np.uint8)
+    data = write_data_set(storage, pixels, [k % 3 for k in range(50)])
+    settings = ["train.checkpoint_every=8", f"model.class_conditional={is_conditional}".lower()]
+    config = load_config(tiny_config, [*settings, f"train.num_steps={STEPS}"])
+
+    def train(directory: str, hooks: Hooks | None = None, **settings: Any) -> CheckpointStore:
+        train_in_process(settings_of(config, **settings), storage, directory, data, hooks=hooks)
+        return CheckpointStore(storage, directory)
+
     whole = load(train("whole"))
     train("x", num_steps=16)
     outage = Outage(tmp_path / "root", at_step=0, seconds=60)
