@@ -1,7 +1,8 @@
 """A trial of more than one worker: Ray Train runs them, and the trial's own process decides.
 
 Rank 0 scores a rung and keeps it; the trial's process sees the score, tells Ray Tune, and leaves
-its verdict beside it; every rank reads that before it goes on. Where nobody decides any more, as
+its verdict beside it; every rank reads that before it goes on. Where there is no score, rank 0
+leaves the error as its own verdict, and every rank ends with it. Where nobody decides any more, as
 the driver is gone, Ray ends the workers with it.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import EvaluationError
 from pipeline.loop import Hooks
 from pipeline.ray_train import fit_workers
 from pipeline.settings import Config
@@ -106,6 +108,8 @@ def train_rank(
         while step in rungs:
             verdict = read_json(storage, f"{directory}/verdicts/{step:09d}.json")
             if verdict is not None:
+                if (error := verdict.get("error")) is not None:
+                    raise EvaluationError(error)
                 return verdict["goes_on"]
             time.sleep(LOOK_EVERY_S)
         return True
@@ -118,7 +122,11 @@ def train_rank(
             scorer = make_scorer(config, store, score, rungs)
 
             def score_rung(step: int, model: torch.nn.Module) -> None:
-                scorer(step, model)
+                try:
+                    scorer(step, model)
+                except EvaluationError as error:  # the others wait for a verdict
+                    _decide(storage, directory, step, goes_on=False, error=str(error))
+                    raise
 
             hooks = Hooks(
                 on_fid=score_rung,
@@ -173,6 +181,6 @@ def make_scorer(
     return score_when_due
 
 
-def _decide(storage: Storage, directory: str, step: int, *, goes_on: bool) -> None:
+def _decide(storage: Storage, directory: str, step: int, **verdict: Any) -> None:
     path = f"{directory}/verdicts/{step:09d}.json"
-    storage.replace(path, json.dumps({"goes_on": goes_on}).encode())
+    storage.replace(path, json.dumps(verdict).encode())
