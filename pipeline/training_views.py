@@ -58,6 +58,9 @@ class TrainingViews:
 
     def close(self) -> None:
         """Until all is written, or for a minute."""
+        logging.getLogger("pipeline").removeHandler(self._notes)
+        if self._board is not None:
+            self._board.flush()
         self._writer.close()
 
     def on_row(self, row: Row, first_step: int) -> None:
@@ -68,8 +71,6 @@ class TrainingViews:
             self._board = TensorBoard(self._storage, directory, first_step + 1, self._writer.put)
         is_last = row["global_step"] == self._config.train.num_steps
         self._board.add(row["global_step"], _scalars(row))
-        if is_last:
-            self._board.flush()
         if self._first_step_s is None:
             self._first_step_s = now - row["wall_s"] - self._started
         if now - self._told_at < PROGRESS_EVERY_S and not is_last:
@@ -168,7 +169,7 @@ class TensorBoard:
         storage: the root.
         directory: of the file, below the root.
         purge_step: events of earlier files of the directory from this step on are no more.
-        put: told of a path and what writes it, where it is remote; writes at once when not given.
+        put: told of a path and what writes it, on whatever thread; writes at once when not given.
     """
 
     def __init__(
@@ -181,15 +182,16 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._storage, self._path = storage, f"{directory}/{name}"
         self._put, self._is_local = put, isinstance(storage, LocalStorage)
+        self._lock = threading.Lock()  # of the content
         self._content = bytearray()  # not written yet; of a remote file all of it
         self._num_written, self._written_at = 0, 0.0
-        self._last_step = purge_step
+        self._last_step = purge_step - 1
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._purge(purge_step)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds numbers by tag, in place of those from this step on."""
-        if step < self._last_step:  # training went back
+        if step <= self._last_step:  # training went back
             self._purge(step)
         self._last_step = step
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
@@ -201,20 +203,25 @@ class TensorBoard:
     def flush(self) -> None:
         """Makes all that was added readable, unless the storage is away."""
         self._written_at = time.time()
-        if self._is_local:
-            with contextlib.suppress(OSError):
-                self._grow(Path(self._storage.uri, self._path))
-            return
-        content = bytes(self._content)
-        self._put(self._path, lambda: self._storage.replace(self._path, content))
+        self._put(self._path, self._grow if self._is_local else self._upload)
 
-    def _grow(self, path: Path) -> None:
+    def _grow(self) -> None:
+        content = self._snapshot()
+        path = Path(self._storage.uri, self._path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.truncate(self._num_written)  # half a record may be there, from a full disk
-            file.write(self._content)
-        self._num_written += len(self._content)
-        self._content.clear()
+            file.write(content)
+        self._num_written += len(content)
+        with self._lock:
+            del self._content[: len(content)]
+
+    def _upload(self) -> None:
+        self._storage.replace(self._path, self._snapshot())
+
+    def _snapshot(self) -> bytes:
+        with self._lock:
+            return bytes(self._content)
 
     def _purge(self, step: int) -> None:
         start = SessionLog(status=SessionLog.START)
@@ -224,8 +231,9 @@ class TensorBoard:
         """As a record of TFRecord: length and content, each with its checksum."""
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
-        for part in (length, content):
-            self._content += part + struct.pack("<I", masked_crc32c(part))
+        parts = [part + struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+        with self._lock:
+            self._content += b"".join(parts)
 
 
 def _columns(num_classes: int | None) -> int:

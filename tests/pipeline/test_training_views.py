@@ -20,7 +20,7 @@ from pipeline.loop import Hooks
 from pipeline.models import make_unet
 from pipeline.storage import LocalStorage, Storage, open_storage
 from pipeline.train import train_in_process
-from pipeline.training_views import TensorBoard, TrainingViews
+from pipeline.training_views import LatestWriter, TensorBoard, TrainingViews
 
 
 def read_events(content: bytes) -> list[tuple[str, int, float]]:
@@ -155,20 +155,56 @@ def test_the_file_of_events_goes_to_remote_storage_too(
 def test_a_storage_that_does_not_answer_holds_nobody_up(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers, written = threading.Event(), LocalStorage.replace
+    answers = threading.Event()
 
-    def wait(self: LocalStorage, path: str, content: bytes) -> None:
-        assert answers.wait(60)
-        written(self, path, content)
+    def wait_before(written: Callable[..., None]) -> Callable[..., None]:
+        def wait(*arguments: Any) -> None:
+            if answers.wait(60):
+                written(*arguments)
 
-    monkeypatch.setattr(LocalStorage, "replace", wait)
-    monkeypatch.setattr("pipeline.training_views.PROGRESS_EVERY_S", 0.0)
+        return wait
+
+    monkeypatch.setattr(LocalStorage, "replace", wait_before(LocalStorage.replace))
+    monkeypatch.setattr(TensorBoard, "_grow", wait_before(TensorBoard._grow))
+    for name in ("PROGRESS_EVERY_S", "WRITE_EVERY_S"):
+        monkeypatch.setattr(f"pipeline.training_views.{name}", 0.0)
+    monkeypatch.setattr("pipeline.training_views.CLOSE_WITHIN_S", 0.01)
     config = load_config(tiny_config, ["train.num_steps=9"])
     with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
         for step in range(1, 10):
-            views.on_row(ROW | {"global_step": step}, 0)  # each returns, or the test would hang
-        answers.set()
+            views.on_row(ROW | {"global_step": step}, 0)
+    # Nothing of this has waited, nor has the end: else what follows would be there.
+    assert not (tmp_path / "t").exists()
+    answers.set()
+    assert views._writer._thread is not None
+    views._writer._thread.join(60)
     assert json.loads((tmp_path / "t" / "progress.json").read_text())["global_step"] == 9
+    (events,) = (tmp_path / "t" / "tensorboard").iterdir()
+    steps = [step for tag, step, _ in read_events(events.read_bytes()) if tag == "train/loss"]
+    assert steps == list(range(1, 10))
+
+
+def test_a_file_that_grows_on_another_thread_has_all_events_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training_views.WRITE_EVERY_S", 0.0)
+    writer = LatestWriter()
+    board = TensorBoard(LocalStorage(str(tmp_path)), "t", 1, writer.put)
+    for step in range(1, 2001):
+        board.add(step, {"loss": 1.0})
+    board.flush()
+    writer.close()
+    (events,) = (tmp_path / "t").iterdir()
+    assert [step for _, step, _ in read_events(events.read_bytes())] == list(range(1, 2001))
+
+
+def test_warnings_of_another_training_are_not_its_own(tiny_config: Path, tmp_path: Path) -> None:
+    config, storage = load_config(tiny_config), LocalStorage(str(tmp_path))
+    with closing(TrainingViews(config, storage, "t", 0.0)) as first:
+        logging.getLogger("pipeline.loop").warning("it went back")
+    with closing(TrainingViews(config, storage, "t", 0.0)):
+        logging.getLogger("pipeline.loop").warning("another did")
+    assert first._notes.texts == ["it went back"]
 
 
 def test_samples_that_cannot_be_drawn_end_nothing(
@@ -188,15 +224,18 @@ def test_samples_that_cannot_be_drawn_end_nothing(
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize(
+    ("steps", "expected"), [((2, 4, 6, 4, 6), [1, 4]), ((4, 8, 12, 12, 16), [1, 12]), ((1, 2), [1])]
+)
 def test_events_that_training_comes_by_again_replace_those_before(
-    tiny_config: Path, tmp_path: Path
+    tmp_path: Path, steps: tuple[int, ...], expected: list[int]
 ) -> None:
     board = TensorBoard(LocalStorage(str(tmp_path)), "t", 1)
-    for step in (2, 4, 6, 4, 6):
+    for step in steps:
         board.add(step, {"loss": 1.0})
     board.flush()
     (path,) = (tmp_path / "t").iterdir()
     events = list(iter_events(path.read_bytes()))
     starts = [event.step for event in events if event.HasField("session_log")]
-    assert starts == [1, 4]
-    assert [event.step for event in events if event.HasField("summary")] == [2, 4, 6, 4, 6]
+    assert starts == expected
+    assert [event.step for event in events if event.HasField("summary")] == list(steps)
