@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,27 +286,29 @@ class _Training:
         """Puts a file in the place of the root, and the root back when it was missed."""
         due = self.trace.rows[-1]["global_step"] // self._checkpoint_every + 1
         away = self._root.with_name("away")
+        nothing = self._scratch / "gone"
+        nothing.touch()
         with contextlib.ExitStack() as back:
             self._root.rename(away)
-            back.callback(away.rename, self._root)
-            self._put_file()
-            back.callback(self._root.unlink)
+            back.callback(self._put_as_root, away)
+            self._put_as_root(nothing)
             while not self._has_reached(due * self._checkpoint_every - 1) and self._look():
                 pass
             missed_at = time.monotonic()
             while time.monotonic() - missed_at < outage_s and self._look():
                 pass
 
-    def _put_file(self) -> None:
-        """In the place of the root; what was written there just now is lost, as it would be."""
-        new = self._scratch / "gone"
-        new.touch()
+    def _put_as_root(self, path: Path) -> None:
+        """A file or a directory; what was written there just now is lost, as it would be."""
         while True:
             try:
-                new.rename(self._root)
+                path.rename(self._root)
                 return
-            except OSError:  # a directory is there: a writer made one meanwhile
-                shutil.rmtree(self._root, ignore_errors=True)
+            except OSError:  # the other kind is there, or a writer has made a directory meanwhile
+                if self._root.is_dir():
+                    shutil.rmtree(self._root, ignore_errors=True)
+                else:
+                    self._root.unlink(missing_ok=True)
 
     def with_checkpoint(self, recovery: Recovery, struck_at: float) -> Recovery:
         """For storage, where no step is lost: recovered with the first complete checkpoint."""
@@ -335,9 +338,9 @@ def _cluster(
         (scratch / "cluster.log").open("ab") as log,
         two_nodes(cpus, {**environment, "RAY_TMPDIR": str(scratch)}, log.fileno()) as started,
     ):
-        address, remove = started
+        address, tell_nodes = started
         cluster = config.cluster.model_copy(update={"address": address})
-        yield config.model_copy(update={"cluster": cluster}), remove
+        yield config.model_copy(update={"cluster": cluster}), partial(tell_nodes, "remove")
 
 
 def link_data_set(config: Config, short: Config) -> bool:

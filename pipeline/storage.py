@@ -225,7 +225,11 @@ class LocalStorage:
                 _remove_stale(target.parent)
                 _seen.add(target.parent)
             try:
-                with staged.open("xb") as file:
+                try:
+                    file = staged.open("xb")
+                except FileNotFoundError as error:
+                    raise refused("write", target, "its directory is gone") from error
+                with file:
                     file.writelines([content] if isinstance(content, bytes) else content)
                     file.flush()
                     os.fsync(file.fileno())  # after a power cut: the old, the new, never half

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.config import load_config
-from pipeline.drill import Kind, link_data_set, run_drill, shorten
+from pipeline.drill import Kind, _Training, link_data_set, run_drill, shorten
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError
 from pipeline.storage import LocalStorage
@@ -72,3 +73,26 @@ def test_a_data_set_that_is_preprocessed_is_linked_to(tiny_config: Path, tmp_pat
     assert linked.read("steps/shard/u/train.arrow") == b"items"
     linked.delete("steps")
     assert storage.read("steps/shard/u/train.arrow") == b"items"
+
+
+def test_the_root_comes_back_though_a_writer_has_made_directories_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    (root / "steps").mkdir(parents=True)
+    (root / "steps" / "ours").touch()
+    training = object.__new__(_Training)
+    training._root, training._scratch, training._checkpoint_every = root, tmp_path, 4
+    training.trace = SimpleNamespace(rows=[{"global_step": 4}])  # pyright: ignore
+
+    def write(*_: int) -> bool:
+        """A writer that makes its directories just when the file is away."""
+        assert root.is_file()
+        root.unlink()
+        (root / "steps").mkdir(parents=True)
+        (root / "steps" / "theirs").touch()
+        return True
+
+    monkeypatch.setattr(_Training, "_has_reached", write)
+    training.take_storage_away(0.0)
+    assert [path.name for path in (root / "steps").iterdir()] == ["ours"]

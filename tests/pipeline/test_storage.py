@@ -168,6 +168,24 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_root_that_goes_in_the_middle_of_a_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    (root / "d").mkdir(parents=True)
+    mkdir = Path.mkdir
+
+    def go_after(self: Path, **how: Any) -> None:
+        mkdir(self, **how)
+        root.rename(tmp_path / "away")
+
+    monkeypatch.setattr(Path, "mkdir", go_after)
+    for write in ("create", "replace"):
+        with pytest.raises(StorageError, match=r"Cannot write .*: its directory is gone\. Check"):
+            getattr(open_storage(str(root)), write)("d/x", b"")
+        (tmp_path / "away").rename(root)
+
+
 KILLED = """
 import os, signal, sys
 from pipeline.storage import open_storage
