@@ -1,11 +1,12 @@
-"""Two Ray nodes on this machine, in a process of their own, one of which can be taken away.
+"""Two Ray nodes on this machine, in a process of their own, one of which comes and goes.
 
     python -m pipeline.two_nodes CPUS
 
-prints the cluster's address once both nodes are there. A line on its standard input takes the
-second node away, with all its processes at once as when a machine loses its power; the end of the
-input ends the cluster. Ray's directory is below `RAY_TMPDIR`. Nodes of one machine share its
-address, memory and disk: what is rehearsed is the loss of processes, not of a network.
+prints the cluster's address once both nodes are there. The line `remove` on its standard input
+takes the second node away, with all its processes at once as when a machine loses its power; `add`
+brings another; the end of the input ends the cluster. Ray's directory is below `RAY_TMPDIR`. Nodes
+of one machine share its address, memory and disk: what is rehearsed is the loss of processes, not
+of a network.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ OBJECT_STORE_BYTES = 100 << 20  # of each node; training keeps nothing there
 @contextlib.contextmanager
 def two_nodes(
     cpus: int, environment: Mapping[str, str], log: int
-) -> Iterator[tuple[str, Callable[[], None]]]:
+) -> Iterator[tuple[str, Callable[[str], None]]]:
     """Runs the cluster while the block runs.
 
     Args:
@@ -33,7 +34,7 @@ def two_nodes(
         log: a file descriptor for what it prints otherwise.
 
     Yields:
-        Its address, and a function that takes the second node away.
+        Its address, and a function that is told to `remove` the second node, or to `add` one.
 
     Raises:
         ClusterError: it did not start.
@@ -50,9 +51,9 @@ def two_nodes(
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def remove() -> None:
+    def tell(command: str) -> None:
         assert process.stdin is not None
-        process.stdin.write("remove\n")
+        process.stdin.write(f"{command}\n")
         process.stdin.flush()
 
     try:
@@ -62,7 +63,7 @@ def two_nodes(
                 "Two Ray nodes could not be started on this machine. `raydiffusion doctor` says "
                 "what Ray misses here."
             )
-        yield address, remove
+        yield address, tell
     finally:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -85,7 +86,10 @@ def main() -> None:
     try:
         second = cluster.add_node(**node)
         print(cluster.address, file=out, flush=True)
-        for _ in sys.stdin:
+        for command in sys.stdin:
+            if command == "add\n":
+                second = cluster.add_node(**node)
+                continue
             (raylet,) = second.all_processes["raylet"]
             workers = _descendants(raylet.process.pid)
             cluster.remove_node(second, allow_graceful=False)
