@@ -11,8 +11,11 @@ from pipeline.models import make_diffusion, make_unet
 from pipeline.stopwatch import Stopwatch
 
 
-def test_the_optimiser_is_fused_and_features_lie_channels_last(tiny_config: Path) -> None:
-    config = load_config(tiny_config)
+def test_the_optimiser_is_what_the_config_says_and_fused_and_features_lie_channels_last(
+    tiny_config: Path,
+) -> None:
+    settings = ["betas=[0.8, 0.95]", "weight_decay=0.125", "learning_rate=0.5"]
+    config = load_config(tiny_config, [f"train.{setting}" for setting in settings])
     learner = Learner(
         config.train,
         make_unet(config, 0),
@@ -21,6 +24,9 @@ def test_the_optimiser_is_fused_and_features_lie_channels_last(tiny_config: Path
         1,
         Stopwatch(),
     )
+    assert isinstance(learner.optimizer, torch.optim.AdamW)
+    chosen = {name: learner.optimizer.defaults[name] for name in ("betas", "weight_decay", "lr")}
+    assert chosen == {"betas": (0.8, 0.95), "weight_decay": 0.125, "lr": 0.5}
     assert learner.optimizer.defaults["fused"] is True
     seen: list[bool] = []
     for module in learner.model.modules():

@@ -162,6 +162,21 @@ def test_another_number_of_threads_is_said_and_recorded(
     assert again.environments == done.environments
 
 
+def test_another_cpu_capability_is_said_and_recorded(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = torch.backends.cpu.get_cpu_capability()
+    train(settings_of(config, num_steps=16), tmp_path, data, "x")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE")
+    done = load(train(config, tmp_path, data, "x"))
+    assert f"with cpu_capability = NONE, and the checkpoint was made with {here}" in caplog.text
+    assert [e["cpu_capability"] for e in done.environments] == [here, "NONE"]
+
+
 def test_what_the_arithmetic_is_is_recorded_and_another_precision_is_said_as_such(
     config: Config,
     tmp_path: Path,

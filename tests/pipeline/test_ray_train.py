@@ -1,13 +1,15 @@
 """What becomes of the faults that Ray Train meets."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline import ray_train
 from pipeline.config import load_config
-from pipeline.errors import ClusterError, TrainingError
+from pipeline.errors import ClusterError, StorageError, TrainingError
 from pipeline.storage import LocalStorage
 
 
@@ -24,6 +26,17 @@ def fault_of_a_worker() -> Exception:
     return WorkerGroupError("a worker failed", {1: RuntimeError("out of luck")})
 
 
+def make_trainer(result: Callable[[], Any]) -> Any:
+    class Trainer:
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            pass
+
+        def fit(self) -> Any:
+            return result()
+
+    return Trainer
+
+
 @pytest.mark.parametrize(
     ("make_fault", "kind", "says"),
     [
@@ -35,13 +48,43 @@ def test_workers_that_never_ran_are_the_clusters_fault(
     tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch,
     make_fault: Any, kind: type[Exception], says: str,
 ) -> None:  # fmt: skip
-    class Trainer:
-        def __init__(self, *given: Any, **settings: Any) -> None:
-            pass
+    def fail() -> None:
+        raise make_fault()
 
-        def fit(self) -> None:
-            raise make_fault()
-
-    monkeypatch.setattr(ray_train, "_make_trainer_class", lambda: Trainer)
+    monkeypatch.setattr(ray_train, "_make_trainer_class", lambda: make_trainer(fail))
     with pytest.raises(kind, match=says):
         ray_train.fit_workers(load_config(tiny_config), LocalStorage(str(tmp_path)), "t", {})
+
+
+def end_for_good(*_: Any) -> None:
+    """What a worker runs."""
+    raise TrainingError("The loss was not finite, 3 times. Lower the rate.")
+
+
+def end_by_chance(*_: Any) -> None:
+    """What a worker runs."""
+    raise StorageError("Cannot read. Wait.")
+
+
+def test_what_a_worker_would_meet_again_is_its_result_and_not_tried_again(
+    tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+    import ray.train.torch
+
+    monkeypatch.setattr(
+        ray.train,
+        "get_context",
+        lambda: SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1),
+    )
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: None)
+    settings = {"function": f"{__name__}:end_for_good", "watches_preemption": False}
+    # Ray Train takes what is raised for a fault of the worker, and starts it again.
+    failure = ray_train._train_worker(settings)
+    with pytest.raises(StorageError):
+        ray_train._train_worker({**settings, "function": f"{__name__}:end_by_chance"})
+    trainer = make_trainer(lambda: SimpleNamespace(return_value=failure))
+    monkeypatch.setattr(ray_train, "_make_trainer_class", lambda: trainer)
+    with pytest.raises(TrainingError, match="not finite, 3 times") as caught:
+        ray_train.fit_workers(load_config(tiny_config), LocalStorage(str(tmp_path)), "t", {})
+    assert caught.value.exit_code == 5

@@ -47,6 +47,7 @@ def test_a_node_has_at_most_so_many_groups(num_groups: int, world_size: int) -> 
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "1", 4, [4], False),
         ({}, "[1, 4]", 2, [2, 8], True),
         ({}, "[1, 4]", 8, [2, 8], False),
+        ({}, "4", 8, [2], False),
     ],
 )
 def test_the_cache_is_checked_for_those_who_will_train(
