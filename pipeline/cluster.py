@@ -190,7 +190,9 @@ def _check_reachable(address: str) -> None:
 def _code() -> dict[str, Any]:
     """This project's packages for the workers of a cluster that may not have them."""
     root = Path(__file__).resolve().parent.parent
-    return {"py_modules": [str(root / name) for name in PACKAGES]}
+    packages = [str(root / name) for name in PACKAGES]
+    # What Python compiled is no part of what is sent: it would be sent again whenever it changes.
+    return {"py_modules": packages, "excludes": ["__pycache__"]}
 
 
 def _alive_nodes(ray: Any) -> list[Node]:
