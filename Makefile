@@ -11,8 +11,9 @@ PYTHON ?= python3.11
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread each, where several processes share the cores: more would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# One thread each, where several processes share the cores: more would wait for one another. The
+# processes that tests start keep what Python compiled, whatever the shell says.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: demo test test-all lint setup clean
 

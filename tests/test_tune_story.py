@@ -33,6 +33,7 @@ from .conftest import DIGITS, TINY
 TUNE = """
 [tune]
 num_trials = 4
+max_concurrent = 1
 num_samples = 64
 num_steps = 4
 num_finalists = 1

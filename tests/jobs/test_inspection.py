@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from jobs.inspection import show_dataset
+from pipeline.config import load_config
+from pipeline.convert import preprocess_shard
 from pipeline.dataset import make_document
 from pipeline.settings import DataConfig
-from pipeline.sources import InputFile, InputShard
+from pipeline.sources import InputFile, InputShard, list_inputs
 from pipeline.storage import LocalStorage
 from pipeline.units import unit_directory
 
@@ -191,11 +193,13 @@ def test_wide_letters_do_not_shift_the_table(show: Callable[..., list[str]]) -> 
 
 
 def test_inspect_prints_and_draws(
-    tiny_config: Path,
-    ray_cluster: str,
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
+    tiny_config: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    options = ("--inspect", "--set", f"cluster.address={ray_cluster}", "--output")
+    config, storage = load_config(tiny_config), LocalStorage(str(tiny_config.parent / "runs"))
+    for shard in list_inputs(config.data, storage).shards:
+        preprocess_shard(shard, config.data, storage)
+    # All units are there, so Ray is not asked: nothing listens at this address.
+    options = ("--inspect", "--set", "cluster.address=127.0.0.1:1", "--output")
     done = run_cli("preprocess", str(tiny_config), *options, "a.png", cwd=tiny_config.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "classes (10)" in done.stdout
