@@ -201,7 +201,7 @@ class TensorBoard:
             self.flush()
 
     def flush(self) -> None:
-        """Makes all that was added readable, unless the storage is away."""
+        """Has all that was added written, unless the storage is away."""
         self._written_at = time.time()
         self._put(self._path, self._grow if self._is_local else self._upload)
 

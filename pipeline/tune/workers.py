@@ -1,9 +1,9 @@
 """A trial of more than one worker: Ray Train runs them, and the trial's own process decides.
 
 Rank 0 scores a rung and keeps it; the trial's process sees the score, tells Ray Tune, and leaves
-its verdict beside it; every rank reads that before it goes on. Where there is no score, rank 0
-leaves the error as its own verdict, and every rank ends with it. Where nobody decides any more, as
-the driver is gone, Ray ends the workers with it.
+its verdict beside it; every rank reads that before it goes on. Where a score is not finite, the
+error is rank 0's own verdict, and every rank ends with it. Where nobody decides any more, as the
+driver is gone, Ray ends the workers with it.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import EvaluationError
+from pipeline.errors import ClusterError, EvaluationError
 from pipeline.loop import Hooks
 from pipeline.ray_train import fit_workers
 from pipeline.settings import Config
@@ -117,7 +117,10 @@ def train_rank(
     with contextlib.ExitStack() as stack:
         hooks = Hooks(goes_on=goes_on, wants_checkpoint=wants_checkpoint)
         if rank == 0:
-            score = stack.enter_context(open_score(config, storage, inputs))
+            try:
+                score = stack.enter_context(open_score(config, storage, inputs))
+            except EvaluationError as error:  # of this node: the others train, and see no verdict
+                raise ClusterError(str(error)) from error
             store = TrialStore(storage, directory)
             scorer = make_scorer(config, store, score, rungs)
 

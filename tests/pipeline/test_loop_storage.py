@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -56,6 +57,13 @@ def train(config: Config, tmp_path: Path, data: dict[str, Any]) -> Callable[...,
         return CheckpointStore(storage, directory)
 
     return run
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def load(store: CheckpointStore, step: int = STEPS) -> Checkpoint:
@@ -226,6 +234,7 @@ def test_what_is_for_the_eye_holds_nobody_up(
         if trouble == "away":
             outage.on_row(row, first_step)
         elif row["global_step"] in (4, 16):
+            wait_until((directory / "progress.json").exists)  # the events are there before it
             usage = os.statvfs(directory)
             used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
             room = (64 << 20) if row["global_step"] == 16 else used + usage.f_frsize

@@ -159,6 +159,7 @@ def test_a_storage_that_does_not_answer_holds_nobody_up(
 
     def wait_before(written: Callable[..., None]) -> Callable[..., None]:
         def wait(*arguments: Any) -> None:
+            assert threading.current_thread() is not threading.main_thread()
             if answers.wait(60):
                 written(*arguments)
 
@@ -173,8 +174,7 @@ def test_a_storage_that_does_not_answer_holds_nobody_up(
     with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
         for step in range(1, 10):
             views.on_row(ROW | {"global_step": step}, 0)
-    # Nothing of this has waited, nor has the end: else what follows would be there.
-    assert not (tmp_path / "t").exists()
+    assert not (tmp_path / "t").exists()  # nor has the end waited
     answers.set()
     assert views._writer._thread is not None
     views._writer._thread.join(60)

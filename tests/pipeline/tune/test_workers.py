@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import load_config
-from pipeline.errors import EvaluationError
+from pipeline.errors import ClusterError, EvaluationError
 from pipeline.loop import Hooks
 from pipeline.storage import LocalStorage
 from pipeline.tune import workers
@@ -19,8 +19,20 @@ from pipeline.tune import workers
 RUNG = 4
 
 
+@pytest.fixture
+def settings(tiny_config: Path, tmp_path: Path) -> dict[str, Any]:
+    """What each rank is given."""
+    return {
+        "config": load_config(tiny_config).model_dump_json(),
+        "storage": LocalStorage(str(tmp_path)).uri,
+        "directory": "trial",
+        "inputs": json.dumps({"preprocess": {}}),
+        "rungs": [RUNG],
+    }
+
+
 def test_a_score_that_is_not_finite_ends_every_rank(
-    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def open_score(*_: Any) -> Iterator[Any]:
@@ -37,13 +49,6 @@ def test_a_score_that_is_not_finite_ends_every_rank(
 
     monkeypatch.setattr(workers, "open_score", open_score)
     monkeypatch.setattr(workers, "train_in_process", train)
-    settings = {
-        "config": load_config(tiny_config).model_dump_json(),
-        "storage": LocalStorage(str(tmp_path)).uri,
-        "directory": "trial",
-        "inputs": json.dumps({"preprocess": {}}),
-        "rungs": [RUNG],
-    }
     ended: dict[int, str] = {}
 
     def run(rank: int) -> None:
@@ -57,3 +62,16 @@ def test_a_score_that_is_not_finite_ends_every_rank(
     for thread in threads:
         thread.join(60)
     assert ended == dict.fromkeys((0, 1), "There is no finite score. Lower the rate.")
+
+
+def test_a_node_that_cannot_score_is_no_verdict_on_the_trial(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ray Train is told as a result, it takes for an end that the other ranks know of."""
+
+    def fail(*_: Any) -> Any:
+        raise EvaluationError("The extractor differs between nodes. Install the same.")
+
+    monkeypatch.setattr(workers, "open_score", fail)
+    with pytest.raises(ClusterError, match="differs between nodes"):
+        workers.train_rank(settings, 0, 2, torch.device("cpu"), lambda: False)
