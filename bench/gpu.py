@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import train_sides
 from machine import hardware, versions
+from noise_items import NoiseItems
 from torch import Tensor, nn
 
 from pipeline.checkpoints import CheckpointStore
@@ -63,28 +63,6 @@ log_every = {row}
 precision = "{precision}"
 compile = {compile}
 """
-
-
-class NoiseItems:
-    """RGB images of noise, in memory."""
-
-    def __init__(self, size: int, count: int) -> None:
-        self.shape, self.counts = (3, size, size), (count,)
-        rng = np.random.default_rng(0)
-        self.pixels = rng.integers(0, 256, (count, *self.shape), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def gather(self, ids: np.ndarray) -> np.ndarray:
-        return self.pixels[ids]
-
-    def labels_of(self, ids: np.ndarray) -> np.ndarray:
-        return np.full(len(ids), -1)
-
-    def prefetch(self, uses: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def main() -> None:
@@ -146,7 +124,9 @@ def measure(
         network = network.to(device)
         compiled = torch.compile(network) if precision.endswith("compiled") else network
         loss_of = make_loss(side, size, compiled, device)
-        rate = rate_of(network, loss_of, NoiseItems(size, max(NUM_ITEMS, batch)), batch, dtype)
+        rate = rate_of(
+            network, loss_of, NoiseItems((3, size, size), max(NUM_ITEMS, batch)), batch, dtype
+        )
     is_gpu = device.type == "cuda"
     return {
         "batch": batch,
@@ -228,7 +208,7 @@ def rate_of_ours(
             config.train,
             make_unet(config, 0),
             make_diffusion(config),
-            NoiseItems(size, max(NUM_ITEMS, batch)),
+            NoiseItems((3, size, size), max(NUM_ITEMS, batch)),
             CheckpointStore(LocalStorage(directory), "gpu"),
             device=device,
             hooks=Hooks(on_row=lambda row, first: rows.append(row)),

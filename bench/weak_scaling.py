@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from machine import hardware
+from noise_items import NoiseItems
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batches import BatchMaker
@@ -158,27 +158,6 @@ def run_rank(rank: int, world_size: int, port: int, output: Path) -> None:
         output.write_text(json.dumps(found))
 
 
-class FakeItems:
-    """As many noise images as an epoch of the order needs."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape, self.counts = shape, (4096,)
-        self._pixels = np.random.default_rng(0).integers(0, 256, (4096, *shape), np.uint8)
-
-    def __len__(self) -> int:
-        return 4096
-
-    def gather(self, ids: np.ndarray) -> np.ndarray:
-        return self._pixels[ids]
-
-    def labels_of(self, ids: np.ndarray) -> np.ndarray:
-        return np.full(len(ids), -1)
-
-    def prefetch(self, uses: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def time_steps(rank: int, world_size: int) -> dict[str, Any]:
     # Weak scaling: each rank has 32 images, whatever their number.
     config = load_config(SPEED, [f"train.global_batch_size={32 * world_size}"])
@@ -187,7 +166,7 @@ def time_steps(rank: int, world_size: int) -> dict[str, Any]:
     watch = Stopwatch()
     replica = Replica(model, world_size, watch)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    items = FakeItems(config.data.shape)
+    items = NoiseItems(config.data.shape, 4096)
     order = make_order(
         seed=0, counts=items.counts, global_batch_size=train.global_batch_size, shuffle_window=None
     )
