@@ -198,9 +198,13 @@ def _decode(
             item, is_animated = decoded.pixels, decoded.is_animated
     except Refused as refused:
         return Refusal(entry.member, refused.reason, refused.detail)
-    content = entry.content
-    digest = hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
+    digest = _hash(item if data.is_sequence else entry.content)
     return _Accepted(item, _split_of(digest, data), digest, is_animated)
+
+
+def _hash(content: bytes | np.ndarray) -> bytes:
+    """The SHA-256 of a file, or of values alone: a sequence is the same in whatever it came."""
+    return hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).digest()
 
 
 def _split_of(digest: bytes, data: DataConfig) -> str:

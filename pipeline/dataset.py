@@ -22,18 +22,19 @@ from pipeline.cached_items import (
     check_window_fits,
     fetch_all,
 )
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError
 from pipeline.hidden import estimate_hidden
 from pipeline.settings import CACHE_BYTES, NOT_OF_THE_DATA_SET, DataConfig
 from pipeline.shard_cache import PATIENCE_S, RemoteFile, ShardCache
-from pipeline.shards import ArrowFile, ArrowItems, Items, number_classes
+from pipeline.shards import ArrowFile, ArrowItems, Items, number_classes, open_table
 from pipeline.sources import InputShard
-from pipeline.storage import STORAGE_THREADS, LocalStorage, Storage, damaged
+from pipeline.storage import STORAGE_THREADS, LocalStorage, Storage, as_storage_error, damaged
 from pipeline.units import SPLITS, unit_directory
 from pipeline.workflow import read_artifact
 
 SCHEMA_VERSION = 2
 SHOWN = 10  # refused items in an error
+MAX_CLASSES = 1 << 16  # by number; ImageNet's largest list has 21,841
 
 
 def open_split(
@@ -102,13 +103,8 @@ def open_shards(
         label_ids = number_classes(document["classes"])
         return CachedItems(remote, document["shape"], document["dtype"], cache, label_ids)
     local = [ArrowFile(storage.local_path(path), file.get("excluded", ())) for path, file in files]
-    try:
-        return ArrowItems(local, document["classes"])
-    except pa.ArrowInvalid as error:
-        raise StorageError(
-            f"An Arrow shard below {storage.uri}/steps/shard is cut short ({error}). Delete its "
-            "directory and that of the step preprocess, and run again: both are made anew."
-        ) from error
+    tables = [_open_local(storage, path, file["bytes"]) for path, file in files]
+    return ArrowItems(local, document["classes"], tables)
 
 
 def check_cache_fits(
@@ -167,18 +163,29 @@ def class_counts(document: Mapping[str, Any], split: str) -> dict[int, int]:
         split: `train`, `validation` or `test`.
 
     Raises:
-        DataError: there are no labels.
+        DataError: there are no labels, or class numbers that are no numbering.
     """
     counts = document["labels"][split]
     return {id_: counts.get(name, 0) for id_, name in enumerate(class_names(document))}
 
 
 def class_names(document: Mapping[str, Any]) -> list[str]:
-    """The label of each id, from 0 to that of the last class; see `class_counts`."""
+    """The label of each id, from 0 to that of the last class; see `class_counts`.
+
+    Raises:
+        DataError: there are no labels, or class numbers that are no numbering.
+    """
     labels, names = document["labels"], document["classes"]
     if names is None:
         numbers = {int(label) for split in SPLITS for label in labels[split]}
-        names = [str(k) for k in range(max(numbers, default=-1) + 1)]
+        last = max(numbers, default=-1)
+        if last >= MAX_CLASSES:
+            raise DataError(
+                "A network that is told the class has an embedding for every number up to the "
+                f"largest, {last:,}, and the data set has {len(numbers):,} classes. Number them "
+                "from 0, or set model.class_conditional = false."
+            )
+        names = [str(k) for k in range(last + 1)]
     if not names:
         raise DataError(
             "The network is to be told the class of each image, and the data set has no labels. "
@@ -319,6 +326,20 @@ def _files_of(
     ]
 
 
+def _open_local(storage: LocalStorage, path: str, num_bytes: int) -> pa.Table:
+    """The content of a local Arrow file, mapped; size and layout are looked at, not the hash."""
+    local = storage.local_path(path)
+    if local.stat().st_size != num_bytes:
+        raise damaged(storage, path)
+    with as_storage_error("read", local):
+        try:
+            return open_table(local)
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # it cannot be read, whatever is in it
+            raise damaged(storage, path) from error
+
+
 def _remote(files: Sequence[tuple[str, Mapping[str, Any]]]) -> list[RemoteShard]:
     shards = []
     for path, file in files:
@@ -343,7 +364,7 @@ def _exclude_duplicates(
         path = f"{row['directory']}/{unit['index']['file']}"
         try:
             return pa.ipc.open_file(storage.read(path)).read_all()
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
+        except (FileNotFoundError, pa.ArrowInvalid, OSError) as error:  # of a damaged footer
             raise damaged(storage, path) from error
 
     with ThreadPoolExecutor(STORAGE_THREADS) as pool:

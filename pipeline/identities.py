@@ -7,8 +7,8 @@ file checks that its content is still that of its hash.
 
 import contextlib
 import hashlib
+import io
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import DataError, RaydiffusionError
+from pipeline.errors import DataError, RaydiffusionError, StorageError
 from pipeline.escaping import show
 from pipeline.known_hashes import KnownHashes
 from pipeline.storage import Storage
@@ -171,6 +171,7 @@ def open_seekable(file: InputFile) -> Iterator[IO[bytes]]:
 
     Raises:
         DataError: it cannot be read, or is no longer what it was.
+        StorageError: there is no room for the copy.
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_open(file.uri))
@@ -179,13 +180,50 @@ def open_seekable(file: InputFile) -> Iterator[IO[bytes]]:
             reader = CheckedReader(file.uri, opened, is_hashed=True)
             if file.is_remote:
                 opened = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(reader, opened, READ_BYTES)
+                _copy(reader, opened, file.uri)
             if reader.read_all() != file.sha256:
                 raise _changed(file.uri)
             opened.seek(0)
-        yield opened
+        yield _CheckedFile(opened, file.uri)
         if _current_identity(file) != before and _hash(file.uri) != file.sha256:
             raise _changed(file.uri)
+
+
+class _CheckedFile(io.RawIOBase):
+    """A file to be read at random, whose errors are those of its storage."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self._file, self._uri = file, uri
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with as_data_error(self._uri):
+            return self._file.read(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        with as_data_error(self._uri):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _copy(reader: "CheckedReader", copy: IO[bytes], uri: str) -> None:
+    """Writes what is left to read into a temporary file."""
+    try:
+        while content := reader.read(READ_BYTES):
+            copy.write(content)
+        copy.flush()
+    except OSError as error:
+        raise StorageError(
+            f"Cannot keep a copy of {show(uri)} in {tempfile.gettempdir()}: "
+            f"{error.strerror or error}. Free space there, or set TMPDIR to another directory."
+        ) from error
 
 
 def check_readable(file: InputFile) -> None:

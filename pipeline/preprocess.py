@@ -93,7 +93,7 @@ def _metrics(document: dict[str, Any]) -> dict[str, Any]:
 
 def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
     import ray.data
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is ours to tell
@@ -127,8 +127,10 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
                 raise ERRORS[row["kind"]](row["error"])
             progress.add(row)
     except RayError as error:
+        lines = str(error).strip().splitlines()
+        told = lines[-1] if isinstance(error, RayTaskError) else lines[0]  # what was raised there
         raise ClusterError(
-            f"Preprocessing stopped on the cluster: {str(error).strip().splitlines()[0]} The "
+            f"Preprocessing stopped on the cluster: {told} The "
             f"shards at work were among {progress.unfinished()}. Finished ones are kept; see that "
             "nodes have enough memory and run the same command again."
         ) from error

@@ -260,13 +260,15 @@ def locate(ends: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _label_ids(column: pa.Array, ids: Mapping[str, int] | None) -> np.ndarray:
-    """Labels as int64, -1 where there is none."""
+    """Labels as int64, -1 where there is none, or a name that only rows have that are not seen."""
     if isinstance(column, pa.DictionaryArray):
         assert ids is not None  # names in one shard are names in all
-        table = np.array([ids[name] for name in column.dictionary.to_pylist()] or [-1], np.int64)
+        table = np.array(
+            [ids.get(name, -1) for name in column.dictionary.to_pylist()] or [-1], np.int64
+        )
         codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         return np.where(codes < 0, -1, table[codes])
     numbers = column.fill_null(-1).to_numpy(zero_copy_only=False)
     if ids is None:
         return numbers
-    return np.array([-1 if n < 0 else ids[str(n)] for n in numbers.tolist()], np.int64)
+    return np.array([ids.get(str(n), -1) for n in numbers.tolist()], np.int64)

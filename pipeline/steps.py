@@ -95,7 +95,7 @@ def make_steps(
     steps = [
         Step(
             name="preprocess",
-            version=3,
+            version=4,
             function="pipeline.preprocess:preprocess",
             settings=_preprocess_settings(config.data, shards),
             resources=WHOLE_CLUSTER,
@@ -147,7 +147,7 @@ def make_steps(
         case GivenImages(sources=sources, shards=given, converts=converts):
             images = Step(
                 name="images",
-                version=1,
+                version=2,
                 function="pipeline.given_images:preprocess_images",
                 settings=_preprocess_settings(data_of_images(config, sources), given)
                 | {"sources": list(sources)},

@@ -36,9 +36,10 @@ def iter_files(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
             yield Refusal(file.name, "too_large", detail)
             continue
         try:
-            label = parse_label(file.class_name) if file.class_name else None
+            label = parse_label(file.class_name) if file.class_name and data.label_field else None
         except Refused as refused:
-            yield Refusal(file.name, refused.reason, refused.detail)
+            detail = f"its directory is no class: {refused.detail}; see data.label_field"
+            yield Refusal(file.name, refused.reason, detail)
             continue
         with open_once(file) as opened:
             content = opened.read()

@@ -16,6 +16,7 @@ from pipeline.settings import LABEL_FIELD
 LABEL_SUFFIXES = (".cls", ".json", ".txt")  # in this order of precedence
 MAX_LABEL_BYTES = 1 << 20  # a larger file is not read to look for a label
 TOO_LARGE = f"is larger than {MAX_LABEL_BYTES:,} bytes"
+CUT_SHORT = "is cut short"
 MAX_NAME_CHARACTERS = 100
 _WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
@@ -87,7 +88,8 @@ def label_of(companions: Mapping[str, bytes | str], field: str, directory: str =
 def _content_of(companions: Mapping[str, bytes | str], suffix: str) -> bytes:
     content = companions[suffix]
     if isinstance(content, str):
-        raise Refused("label_invalid", f"the {suffix} file {content}")
+        reason = "truncated" if content == CUT_SHORT else "label_invalid"
+        raise Refused(reason, f"the {suffix} file {content}")
     return content
 
 

@@ -3,7 +3,13 @@
 from collections.abc import Iterator
 
 from pipeline.readers.entries import MAX_FILE_BYTES, Entry, Ignored, Item, Refusal, Refused
-from pipeline.readers.labels import LABEL_SUFFIXES, MAX_LABEL_BYTES, TOO_LARGE, label_of
+from pipeline.readers.labels import (
+    CUT_SHORT,
+    LABEL_SUFFIXES,
+    MAX_LABEL_BYTES,
+    TOO_LARGE,
+    label_of,
+)
 from pipeline.readers.names import show
 from pipeline.readers.streams import InputStream
 
@@ -64,11 +70,13 @@ class Sample:
         else:
             yield Ignored(show(name))
 
-    def finish(self, label_field: str) -> Iterator[Entry]:
+    def finish(self, label_field: str, *, may_lack: bool = False) -> Iterator[Entry]:
         """Yields the image with its label, and what becomes of the files not yielded before.
 
         Args:
             label_field: of the object in `.json`.
+            may_lack: whether the archive ends too early, and samples before had labels: one without
+                is refused.
         """
         item = self._image or self._spare
         if item is None:
@@ -77,7 +85,10 @@ class Sample:
             yield item
         else:
             try:
-                yield Item(item.member, item.content, label_of(self._companions, label_field))
+                label = label_of(self._companions, label_field)
+                if label is None and may_lack and not self._companions:
+                    raise Refused("truncated", "the archive ends where its label would be")
+                yield Item(item.member, item.content, label)
             except Refused as refused:
                 yield Refusal(item.member, refused.reason, refused.detail)
         for name in self._others:
@@ -108,4 +119,4 @@ def _read_companion(size: int, stream: InputStream) -> bytes | str:
     if size > MAX_LABEL_BYTES:
         return TOO_LARGE
     content = stream.read(size)
-    return content if len(content) == size else "is cut short"
+    return content if len(content) == size else CUT_SHORT

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator
 from hashlib import blake2b
 
-from pipeline.readers.entries import Entry, Ignored, Refusal
+from pipeline.readers.entries import Entry, Ignored, Item, Refusal
 from pipeline.readers.names import item_suffixes, judge_member, strip_here
 from pipeline.readers.samples import Sample
 from pipeline.readers.streams import InputStream, Readable
@@ -57,7 +57,7 @@ def _judge_end(
     if stream.fault is not None:
         faults.append(stream.fault)
         lost_in_file = stream.drain_file()
-    if not faults or (is_cut and headers.end == "cut" and not lost_in_file):
+    if not faults or (is_cut and headers.end in ("cut", "empty") and not lost_in_file):
         return
     detail = f"{'; '.join(faults)}, at byte {headers.position:,}"
     if lost_bytes + lost_in_file:
@@ -69,6 +69,7 @@ def _judge_end(
 
 def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) -> Iterator[Entry]:
     suffixes, keys, sample = item_suffixes(data), _Keys(), None
+    has_labels = False
     for member in headers:
         name = strip_here(member.name)
         if member.kind == "a directory":
@@ -80,11 +81,14 @@ def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) ->
         key = name if dot < 0 else name[:dot]
         if sample is None or sample.key != key:
             if sample is not None:
-                yield from sample.finish(data.label_field)
+                for entry in sample.finish(data.label_field):
+                    has_labels |= isinstance(entry, Item) and entry.label is not None
+                    yield entry
             sample = Sample(key, suffixes, is_repeated=not keys.add(key))
         yield from sample.add(name, member.size, stream)
     if sample is not None:
-        yield from sample.finish(data.label_field)
+        may_lack = has_labels and headers.end != "mark"
+        yield from sample.finish(data.label_field, may_lack=may_lack)
 
 
 class _Keys:

@@ -56,7 +56,7 @@ def _read_item(
     directory = name.rpartition("/")[0].rpartition("/")[2]
     try:
         texts = {suffix: _read_companion(archive, info) for suffix, info in companions.items()}
-        label = label_of(texts, label_field, directory)
+        label = label_of(texts, label_field, directory if label_field else "")
         return Item(show(name), archive.read(info), label)
     except Refused as refused:
         return Refusal(show(name), refused.reason, refused.detail)

@@ -89,7 +89,8 @@ class DataConfig(Section):
     require_labels: bool = Field(default=False, description="refuse what has no label")
     label_field: str = Field(
         default=LABEL_FIELD,
-        description="Parquet column, npz array or field of .json with the label; empty: none",
+        description="Parquet column, npz array or field of .json with the label; empty: none, and "
+        "directories are no classes",
     )
     content_field: str | None = Field(
         default=None, description="Parquet column or npz array with the content; none: found"

@@ -291,6 +291,36 @@ def test_a_loose_sequence_is_stored_or_refused_as_one_in_a_tar_is(
     }
 
 
+def test_a_sequence_has_the_same_split_and_hash_in_whatever_it_comes(
+    tmp_path: Path, make_tar: Callable[..., Path], convert: Callable[..., Result]
+) -> None:
+    values = np.random.default_rng(0).normal(size=(60, 2, 16)).astype(np.float32)
+
+    def npy(item: np.ndarray, version: tuple[int, int]) -> bytes:
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, item, version)
+        return buffer.getvalue()
+
+    (tmp_path / "loose").mkdir()
+    for k, item in enumerate(values):
+        (tmp_path / "loose" / f"{k:02d}.npy").write_bytes(npy(item, (2, 0)))
+    members = [(f"{k:02d}.npy", npy(item, (1, 0))) for k, item in enumerate(values)]
+    np.savez(tmp_path / "a.npz", values=values)
+    wide = values.astype(np.float64).reshape(60, -1).tolist()
+    pq.write_table(pa.table({"values": wide}), tmp_path / "a.parquet")
+    settings = {"resolution": None, "sequence_shape": (2, 16)}
+    sources = (tmp_path / "loose", make_tar(tmp_path / "s.tar", members), tmp_path / "a.npz")
+    found = []
+    for source in (*sources, tmp_path / "a.parquet"):
+        result = convert(source, **settings)
+        index = pa.ipc.open_file(result.directory / result.manifest["index"]["file"]).read_all()
+        hashes = index.column("content").chunk(0).to_numpy_ndarray()
+        splits = {split: facts["count"] for split, facts in result.manifest["splits"].items()}
+        found.append((splits, sorted(row.tobytes() for row in hashes)))
+    assert sum(found[0][0].values()) == 60
+    assert found[1:] == found[:1] * 3
+
+
 def test_a_file_that_lacks_what_the_config_names_is_named(
     tmp_path: Path, convert: Callable[..., Result], make_png: Callable[..., bytes]
 ) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.convert import preprocess_shard
-from pipeline.dataset import check_document, make_document, open_shards
+from pipeline.dataset import check_document, class_names, make_document, open_shards
 from pipeline.errors import DataError, StorageError
 from pipeline.settings import DataConfig
 from pipeline.sources import list_inputs
@@ -117,6 +117,55 @@ def test_removing_a_shard_revives_the_twins_of_its_items(
     labels = [label for split in SPLITS for label in data_set.items(revived, split)[1]]
     assert sorted(labels) == list(range(5, 40))
     assert revived["left_out"]["duplicate"] == 2
+
+
+@pytest.mark.parametrize("names", [(b"cat", b"tabby"), (b"cat", b"7"), (b"3", b"7")])
+def test_a_class_of_twins_alone_is_none(
+    data_set: DataSet, make_png: Callable[..., bytes], names: tuple[bytes, bytes]
+) -> None:
+    members = {f"{k:02d}.png": make_png(k % 40) for k in range(50)}
+    members |= {f"{k:02d}.cls": names[k >= 40] for k in range(50)}
+    data_set.add("a.tar", [(name, members[name]) for name in sorted(members)])
+    document = data_set.document(drop_duplicates=True)
+    assert sum(document["counts"].values()) == 40
+    assert document["classes"] in (["cat"], None)
+    labels = {label for split in SPLITS for label in data_set.items(document, split)[1]}
+    assert labels == ({3} if document["classes"] is None else {0})
+
+
+@pytest.mark.parametrize("damage", ["cut", "footer", "gone"])
+def test_a_damaged_arrow_file_is_named_and_the_remedy_makes_it_anew(
+    data_set: DataSet, make_png: Callable[..., bytes], damage: str
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(20)))
+    data_set.add("b.tar", labelled(make_png, range(20, 40)))
+    document = data_set.document()
+    row = document["shards"][1]
+    name = next(file["file"] for file in row["files"] if file["split"] == "train")
+    path = Path(data_set.storage.uri, row["directory"], name)
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-500] + b"\xff" * (490 if damage == "footer" else 0))
+        if damage == "footer":
+            path.write_bytes(path.read_bytes() + content[-10:])
+    with pytest.raises(StorageError) as caught:
+        data_set.items(document, "train")
+    assert f"{row['directory']}/{name} is missing or not what" in str(caught.value)
+    assert f"directory {row['directory']}, and steps/preprocess" in str(caught.value)
+    data_set.storage.delete(row["directory"])
+    assert len(data_set.items(data_set.document(), "train")[1]) == document["counts"]["train"]
+    assert data_set.runs == 1
+
+
+def test_class_numbers_that_are_no_numbering_are_refused_where_each_gets_an_embedding(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    members = labelled(make_png, range(20))
+    data_set.add("a.tar", [*members, ("x.png", make_png(99)), ("x.cls", b"4000000000000000000")])
+    document = data_set.document()
+    with pytest.raises(DataError, match=r"largest, 4,000,000,000,000,000,000, and .* 21 classes"):
+        class_names(document)
 
 
 def test_statistics_count_an_image_once(data_set: DataSet, make_png: Callable[..., bytes]) -> None:

@@ -1,8 +1,11 @@
+import errno
+import functools
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import identities
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.identities import InputFile, open_once, open_seekable
 from pipeline.settings import DataConfig
 from pipeline.sources import list_inputs
@@ -195,6 +198,46 @@ def test_content_is_checked_by_its_hash_where_the_identity_is_another(
         open_it(replace(file, sha256="0" * 64)) as opened,
     ):
         opened.read()
+
+
+def test_what_the_disk_says_while_a_file_is_sought_in_is_an_error_of_the_data(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"x" * 5000)
+    file = InputFile("a.zip", str(path), 5000, None, identities._hash(str(path)))
+    with open_seekable(file) as opened:
+        raw = opened._file  # pyright: ignore
+        with patch.object(opened, "_file", Faulty(raw)):
+            for call in (opened.read, lambda: opened.seek(0)):
+                with pytest.raises(DataError, match=r"Cannot read .*a\.zip: Input/output error"):
+                    call()
+
+
+def test_a_copy_that_finds_no_room_is_an_error_of_the_storage(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/a.zip", b"x" * 5000)
+    file = InputFile("a.zip", "memory://a.zip", 5000, None, identities._hash("memory://a.zip"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
+    with (
+        pytest.raises(StorageError, match=r"copy of memory://a\.zip in .*: No space left.*TMPDIR"),
+        open_seekable(file),
+    ):
+        pass
+
+
+class Faulty:
+    """A file whose disk fails."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def read(self, size: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 @pytest.mark.parametrize("open_it", [open_once, open_seekable])

@@ -63,6 +63,19 @@ def test_files_of_one_name_in_two_sources_keep_their_class_and_are_all_read(
     }  # fmt: skip
 
 
+def test_a_directory_that_is_no_class_is_said_and_need_not_be_one(
+    tmp_path: Path, entries_of: Callable[..., list[Entry]]
+) -> None:
+    write(tmp_path / "in" / "12345678901234567890123" / "1.png")
+    write(tmp_path / "in" / "cats" / "2.png")
+    (refused,) = [entry for entry in entries_of("in") if isinstance(entry, Refusal)]
+    assert refused.reason == "label_invalid"
+    assert refused.detail.startswith("its directory is no class: class numbers go from 0")
+    assert refused.detail.endswith("see data.label_field")
+    items = [entry for entry in entries_of("in", label_field="") if isinstance(entry, Item)]
+    assert [item.label for item in items] == [None, None]
+
+
 def test_a_class_that_changes_while_the_name_does_not_is_another_unit(tmp_path: Path) -> None:
     write(tmp_path / "cats" / "1.png")
     storage = LocalStorage(str(tmp_path / "root"))

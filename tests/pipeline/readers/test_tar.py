@@ -294,10 +294,23 @@ def test_a_truncated_image_is_refused_and_stands_for_the_end() -> None:
     assert "after 10 of 600 bytes" in b.detail
 
 
-def test_a_truncated_companion_refuses_its_sample_and_the_end() -> None:
+def test_a_truncated_companion_refuses_its_sample_and_stands_for_the_end() -> None:
     content = pack([("a.png", b""), ("a.cls", b"12"), ("b.png", b"")])
     entries = read(content[: content.index(b"12\0\0") + 1])
-    assert outline(entries) == [("a.png", "label_invalid", 1), ("", "unreadable_tail", 1)]
+    assert outline(entries) == [("a.png", "truncated", 1)]
+
+
+@pytest.mark.parametrize("cut", [0, 100, BLOCK])
+def test_an_image_whose_label_is_beyond_the_end_is_refused(cut: int) -> None:
+    members = [(f"{k}{suffix}", b"1") for k in range(3) for suffix in (".png", ".cls")]
+    place = pack(members).index(b"2.cls") + cut
+    *others, last = read(pack(members)[:place])
+    assert outline(others) == [("0.png", 1), ("1.png", 1)]
+    assert outline([last]) == [("2.png", "truncated", 1)]
+    # Without labels before it there is none to be missed.
+    plain = [(name, content) for name, content in members if name.endswith(".png")]
+    place = pack(plain).index(b"2.png") + 2 * BLOCK
+    assert outline(read(pack(plain)[:place]))[2:] == [("2.png", None), ("", "unreadable_tail", 1)]
 
 
 def test_a_tar_that_ends_at_any_byte_never_loses_an_image_unseen() -> None:
