@@ -33,9 +33,14 @@ class Project:
     """A config over the tar shards of a directory, on the shared cluster."""
 
     def __init__(
-        self, directory: Path, address: str, run_cli: Callable[..., Any], root: str = "runs"
+        self,
+        directory: Path,
+        address: str,
+        run_cli: Callable[..., Any],
+        plan_cli: Callable[..., Any],
+        root: str = "runs",
     ) -> None:
-        self.directory, self.run_cli = directory, run_cli
+        self.directory, self.run_cli, self.plan_cli = directory, run_cli, plan_cli
         self.config_path = directory / "c.toml"
         self.config_path.write_text(
             f'name = "p"\n[storage]\nroot = "{root}"\n'
@@ -54,7 +59,7 @@ class Project:
         return {**json.loads(done.stdout), "lines": done.stderr}
 
     def plan(self, *options: str) -> dict[str, Any]:
-        done = self.run_cli("plan", "c.toml", "--json", *options, cwd=self.directory)
+        done = self.plan_cli("plan", "c.toml", "--json", *options, cwd=self.directory)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 
@@ -95,8 +100,13 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path, ray_cluster: str, run_cli: Callable[..., Any]) -> Project:
-    return Project(tmp_path, ray_cluster, run_cli)
+def project(
+    tmp_path: Path,
+    ray_cluster: str,
+    run_cli: Callable[..., Any],
+    call_cli: Callable[..., Any],
+) -> Project:
+    return Project(tmp_path, ray_cluster, run_cli, call_cli)
 
 
 def fill(
@@ -150,6 +160,7 @@ def test_only_what_is_new_runs_and_the_plan_says_so(
     assert project.made_at() == later
 
 
+@pytest.mark.slow  # as of the twenty below, but with what the user is told
 def test_a_killed_worker_costs_nothing(
     project: Project,
     make_tar: Callable[..., Path],
@@ -164,6 +175,7 @@ def test_a_killed_worker_costs_nothing(
     project.check_nothing_lost_or_doubled(600)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_keeps_every_finished_shard(
     project: Project,
     make_tar: Callable[..., Path],
@@ -220,7 +232,7 @@ def test_a_storage_error_in_the_middle_and_a_bucket_that_is_not_read_again(
     make_png: Callable[..., bytes],
 ) -> None:
     store, bucket = object_store
-    project = Project(tmp_path, ray_cluster, run_cli, root=f"s3://{bucket}/root")
+    project = Project(tmp_path, ray_cluster, run_cli, run_cli, root=f"s3://{bucket}/root")
     options = ("--set", f'data.sources=["s3://{bucket}/in/*.tar"]')
     fill(tmp_path / "in", make_tar, make_png, shards=6, images=10)
     for path in sorted((tmp_path / "in").iterdir()):

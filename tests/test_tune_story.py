@@ -137,7 +137,7 @@ def test_only_scores_and_pictures_of_trials_stay(story: Story) -> None:
 
 
 def test_the_page_needs_no_other_file_and_its_command_works(
-    story: Story, run_cli: Callable[..., Any]
+    story: Story, call_cli: Callable[..., Any]
 ) -> None:
     page = Path(story.done["search"]).read_text()
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
@@ -148,7 +148,7 @@ def test_the_page_needs_no_other_file_and_its_command_works(
     assert printed is not None
     words = shlex.split(printed[1].replace("&#39;", "'").replace("&#34;", '"'))
     assert words[:3] == ["raydiffusion", "run", str(story.config_path)]
-    plan = run_cli("plan", *words[2:], "--json", cwd=story.directory)
+    plan = call_cli("plan", *words[2:], "--json", cwd=story.directory)
     assert plan.returncode == 0, plan.stdout + plan.stderr
     by_hand = {s["step"]: s["key"] for s in json.loads(plan.stdout)["steps"]}
     config = load_config(story.config_path, [f"storage.root={story.storage.uri}"])
@@ -166,19 +166,19 @@ def test_the_table_has_every_training(story: Story) -> None:
 
 
 def test_the_same_again_is_cached_and_the_page_is_written_again(
-    story: Story, run_cli: Callable[..., Any]
+    story: Story, call_cli: Callable[..., Any]
 ) -> None:
     page = Path(story.done["search"])
     before = page.read_text()
     page.unlink()
     # An address where nothing listens: starting or joining Ray would fail.
-    done = run_cli(
+    done = call_cli(
         "tune", story.arguments[0], "--set", "cluster.address=127.0.0.1:1", cwd=story.directory
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Everything was there already" in done.stdout
     assert "to train it:" in done.stdout
-    again = run_cli("report", story.done["run"], cwd=story.directory)
+    again = call_cli("report", story.done["run"], cwd=story.directory)
     assert again.returncode == 0, again.stdout + again.stderr
     assert len(page.read_text()) == pytest.approx(len(before), abs=200)
 
@@ -337,6 +337,7 @@ def test_what_the_workers_of_an_ended_trial_held_is_given_back(
         ray.kill(two)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_does_not_keep_its_places(
     tmp_path: Path, ray_cluster: str, story: Story, make_controller: Callable[[int], Any]
 ) -> None:
@@ -372,6 +373,7 @@ def test_a_trial_whose_process_is_killed_does_not_keep_its_places(
     assert [result.outcome for result in results] == ["finished"]
 
 
+@pytest.mark.slow
 def test_a_planted_optimum_is_found_by_trials_of_ray_tune(
     tmp_path: Path, ray_cluster: str, story: Story
 ) -> None:

@@ -29,26 +29,26 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_says_what_would_go_then_deletes_it(
-    runs: Path, tmp_path: Path, run_cli: Callable[..., Any]
+    runs: Path, tmp_path: Path, call_cli: Callable[..., Any]
 ) -> None:
-    said = run_cli("gc", "--dry-run", cwd=tmp_path)
+    said = call_cli("gc", "--dry-run", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert said.stdout.splitlines()[0].split() == ["would", "be", "deleted", "number", "size"]
     assert f"  steps/evaluate/{KEY}  1.5 KiB, last written " in said.stdout
     assert (runs / "steps" / "evaluate" / KEY).exists()
-    done = run_cli("gc", cwd=tmp_path)
+    done = call_cli("gc", cwd=tmp_path)
     assert "steps/evaluate" in done.stdout
     assert "stays: " in done.stdout
     assert not (runs / "steps" / "evaluate" / KEY).exists()
     assert (runs / "steps" / "evaluate" / KEY[::-1]).exists()
-    assert "There is nothing to delete below" in run_cli("gc", str(runs), cwd=tmp_path).stdout
+    assert "There is nothing to delete below" in call_cli("gc", str(runs), cwd=tmp_path).stdout
 
 
 def test_the_same_as_json_and_with_less_grace(
-    runs: Path, tiny_config: Path, tmp_path: Path, run_cli: Callable[..., Any]
+    runs: Path, tiny_config: Path, tmp_path: Path, call_cli: Callable[..., Any]
 ) -> None:
     options = (str(tiny_config), "--grace-days", "0", "--keep-runs", "0", "--json")
-    found = json.loads(run_cli("gc", *options, cwd=tmp_path).stdout)
+    found = json.loads(call_cli("gc", *options, cwd=tmp_path).stdout)
     assert found["root"] == str(runs)
     assert found["dry_run"] is False
     assert (found["deleted"]["count"], found["deleted"]["bytes"]) == (2, 1514)
@@ -58,10 +58,10 @@ def test_the_same_as_json_and_with_less_grace(
     assert list((runs / "steps" / "evaluate").iterdir()) == []
 
 
-def test_refusals(runs: Path, tmp_path: Path, run_cli: Callable[..., Any]) -> None:
-    elsewhere = run_cli("gc", "elsewhere", cwd=tmp_path)
+def test_refusals(runs: Path, tmp_path: Path, call_cli: Callable[..., Any]) -> None:
+    elsewhere = call_cli("gc", "elsewhere", cwd=tmp_path)
     assert (elsewhere.returncode, "There is no storage root at" in elsewhere.stderr) == (2, True)
     with hold_lease(LocalStorage(str(runs)), "garbage"):
-        busy = run_cli("gc", cwd=tmp_path)
+        busy = call_cli("gc", cwd=tmp_path)
     assert (busy.returncode, "cleans up" in busy.stderr) == (8, True)
     assert (runs / "steps" / "evaluate" / KEY).exists()

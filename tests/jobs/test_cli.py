@@ -29,9 +29,9 @@ def test_a_missing_config(tmp_path: Path, run_cli: RunCli) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_faults_of_a_config_all_at_once(tiny_config: Path, run_cli: RunCli) -> None:
+def test_faults_of_a_config_all_at_once(tiny_config: Path, call_cli: RunCli) -> None:
     options = ("--set", "train.lr=1", "--set", "data.resolution=9")
-    done = run_cli("run", str(tiny_config), *options, cwd=tiny_config.parent)
+    done = call_cli("run", str(tiny_config), *options, cwd=tiny_config.parent)
     assert_refused(
         done, 2, "train.lr is not a known key. Did you mean 'learning_rate'?",
         "data.resolution must be divisible by 2 for the 2 levels", "has 2 faults",
@@ -39,32 +39,32 @@ def test_faults_of_a_config_all_at_once(tiny_config: Path, run_cli: RunCli) -> N
     assert not (tiny_config.parent / "runs").exists()
 
 
-def test_a_schedule_that_is_none(tiny_config: Path, run_cli: RunCli) -> None:
+def test_a_schedule_that_is_none(tiny_config: Path, call_cli: RunCli) -> None:
     options = ("--set", "diffusion.schedule=linear", "--set", "diffusion.num_train_timesteps=10")
-    done = run_cli("run", str(tiny_config), *options, cwd=tiny_config.parent)
+    done = call_cli("run", str(tiny_config), *options, cwd=tiny_config.parent)
     assert_refused(done, 2, "every beta must lie between 0 and 1", "Raise num_train_timesteps")
 
 
-def test_no_shards_at_the_path(tiny_config: Path, run_cli: RunCli) -> None:
-    done = run_cli(
+def test_no_shards_at_the_path(tiny_config: Path, call_cli: RunCli) -> None:
+    done = call_cli(
         "run", str(tiny_config), "--set", 'data.sources=["no/*.tar"]', cwd=tiny_config.parent
     )
     assert_refused(done, 3, "There are no images at", "no/*.tar", "Check data.sources")
     assert not (tiny_config.parent / "runs").exists()
 
 
-def test_an_empty_shard(tiny_config: Path, run_cli: RunCli) -> None:
+def test_an_empty_shard(tiny_config: Path, call_cli: RunCli) -> None:
     (tiny_config.parent / "empty.tar").write_bytes(b"")
-    done = run_cli(
+    done = call_cli(
         "run", str(tiny_config), "--set", 'data.sources=["empty.tar"]', cwd=tiny_config.parent
     )
     assert_refused(done, 3, "empty.tar is empty (0 bytes)", "leave it out")
     assert not (tiny_config.parent / "runs").exists()
 
 
-def test_more_workers_than_the_machine_holds(tiny_config: Path, run_cli: RunCli) -> None:
+def test_more_workers_than_the_machine_holds(tiny_config: Path, call_cli: RunCli) -> None:
     options = ("--set", "train.num_workers=64", "--set", "train.global_batch_size=1024")
-    done = run_cli(
+    done = call_cli(
         "run", str(tiny_config), *options, "--set", "cluster.num_cpus=2", cwd=tiny_config.parent
     )
     assert_refused(
@@ -82,9 +82,11 @@ def test_a_cluster_that_is_not_there(tiny_config: Path, run_cli: RunCli) -> None
 
 
 @pytest.mark.parametrize("root", ["occupied", "/proc/runs"])
-def test_an_unwritable_storage_root(tiny_config: Path, run_cli: RunCli, root: str) -> None:
+def test_an_unwritable_storage_root(tiny_config: Path, call_cli: RunCli, root: str) -> None:
     (tiny_config.parent / "occupied").write_text("a file")
-    done = run_cli("run", str(tiny_config), "--set", f"storage.root={root}", cwd=tiny_config.parent)
+    done = call_cli(
+        "run", str(tiny_config), "--set", f"storage.root={root}", cwd=tiny_config.parent
+    )
     assert_refused(done, 4, "Cannot ", root, "set storage.root to another place")
 
 
@@ -97,24 +99,24 @@ def test_an_unwritable_storage_root(tiny_config: Path, run_cli: RunCli, root: st
     ],
 )
 def test_addresses_and_options_that_mean_nothing(
-    tiny_config: Path, run_cli: RunCli, override: str, code: int, message: str
+    tiny_config: Path, call_cli: RunCli, override: str, code: int, message: str
 ) -> None:
-    done = run_cli("run", str(tiny_config), "--set", override, cwd=tiny_config.parent)
+    done = call_cli("run", str(tiny_config), "--set", override, cwd=tiny_config.parent)
     assert_refused(done, code, message)
 
 
-def test_an_unknown_run(tmp_path: Path, run_cli: RunCli) -> None:
-    assert_refused(run_cli("status", "digits-0", cwd=tmp_path), 2, "There is no run 'digits-0'")
+def test_an_unknown_run(tmp_path: Path, call_cli: RunCli) -> None:
+    assert_refused(call_cli("status", "digits-0", cwd=tmp_path), 2, "There is no run 'digits-0'")
 
 
-def test_errors_are_json_when_asked(tmp_path: Path, run_cli: RunCli) -> None:
-    done = run_cli("plan", "none.toml", "--json", cwd=tmp_path)
+def test_errors_are_json_when_asked(tmp_path: Path, call_cli: RunCli) -> None:
+    done = call_cli("plan", "none.toml", "--json", cwd=tmp_path)
     assert done.returncode == 2
     assert json.loads(done.stdout)["exit_code"] == 2
 
 
-def test_plan_starts_nothing(tiny_config: Path, run_cli: RunCli) -> None:
-    done = run_cli("plan", str(tiny_config), "--json", cwd=tiny_config.parent)
+def test_plan_starts_nothing(tiny_config: Path, call_cli: RunCli) -> None:
+    done = call_cli("plan", str(tiny_config), "--json", cwd=tiny_config.parent)
     steps = json.loads(done.stdout)["steps"]
     assert [s["action"] for s in steps] == ["run"] * 7
     assert not (tiny_config.parent / "runs" / "steps").exists()

@@ -193,20 +193,20 @@ def test_wide_letters_do_not_shift_the_table(show: Callable[..., list[str]]) -> 
 
 
 def test_inspect_prints_and_draws(
-    tiny_config: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+    tiny_config: Path, call_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     config, storage = load_config(tiny_config), LocalStorage(str(tiny_config.parent / "runs"))
     for shard in list_inputs(config.data, storage).shards:
         preprocess_shard(shard, config.data, storage)
     # All units are there, so Ray is not asked: nothing listens at this address.
     options = ("--inspect", "--set", "cluster.address=127.0.0.1:1", "--output")
-    done = run_cli("preprocess", str(tiny_config), *options, "a.png", cwd=tiny_config.parent)
+    done = call_cli("preprocess", str(tiny_config), *options, "a.png", cwd=tiny_config.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "classes (10)" in done.stdout
     assert "contact sheet  a.png" in done.stdout
     assert (tiny_config.parent / "a.png").read_bytes().startswith(b"\x89PNG")
 
-    done = run_cli(
+    done = call_cli(
         "preprocess", str(tiny_config), "--json", *options, "b.png", cwd=tiny_config.parent
     )
     printed = json.loads(done.stdout)
@@ -216,11 +216,11 @@ def test_inspect_prints_and_draws(
         tiny_config.parent / "a.png"
     ).read_bytes()
 
-    done = run_cli("preprocess", str(tiny_config), *options[:-1], cwd=tiny_config.parent)
+    done = call_cli("preprocess", str(tiny_config), *options[:-1], cwd=tiny_config.parent)
     (sheet,) = tiny_config.parent.glob("runs/steps/preprocess/*/contact_sheet.png")
     assert f"contact sheet  {sheet}" in done.stdout
     assert sheet.read_bytes() == (tiny_config.parent / "a.png").read_bytes()
 
-    done = run_cli("preprocess", str(tiny_config), *options, "no/b.png", cwd=tiny_config.parent)
+    done = call_cli("preprocess", str(tiny_config), *options, "no/b.png", cwd=tiny_config.parent)
     assert done.returncode == 2
     assert done.stderr.startswith("error: Cannot write no/b.png: No such file or directory.")

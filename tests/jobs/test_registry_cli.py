@@ -39,46 +39,46 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def test_promoting_rolling_back_and_looking(
-    registry: Registry, tmp_path: Path, run_cli: Callable[..., Any]
+    registry: Registry, tmp_path: Path, call_cli: Callable[..., Any]
 ) -> None:
-    promoted = run_cli("promote", "m", "2", "--reason", "sharper", cwd=tmp_path)
+    promoted = call_cli("promote", "m", "2", "--reason", "sharper", cwd=tmp_path)
     assert promoted.returncode == 0, promoted.stderr
     assert "version 2 is the champion of m (promotion 2 by " in promoted.stdout
     first = registry.promotions()[0]
     assert f"it replaces version 1, promoted by {first['by']} at " in promoted.stdout
     assert promoted.stdout.rstrip().endswith(": the first")
-    listed = run_cli("models", cwd=tmp_path).stdout.splitlines()
+    listed = call_cli("models", cwd=tmp_path).stdout.splitlines()
     assert listed[1].split()[:5] == ["m", "2", "2", "fid[x]", "9.250"]
-    shown = run_cli("lineage", "m", cwd=tmp_path).stdout
+    shown = call_cli("lineage", "m", cwd=tmp_path).stdout
     assert "version    2 of m" in shown
     assert "steps/preprocess/pppppppp" in shown
     assert "continues  version 1 (1,000 steps)" in shown
     assert ": sharper" in shown
-    back = run_cli("rollback", "m", "--reason", "too sharp", "--json", cwd=tmp_path)
+    back = call_cli("rollback", "m", "--reason", "too sharp", "--json", cwd=tmp_path)
     record = json.loads(back.stdout)
     assert (record["version"], record["kind"], record["reason"]) == (1, "rollback", "too sharp")
     assert record["replaced"] == registry.promotions()[1]
-    versions = run_cli("models", "m", cwd=tmp_path).stdout
+    versions = call_cli("models", "m", cwd=tmp_path).stdout
     assert "1 *" in versions
     assert "rolled back to version 1: too sharp" in versions
-    again = run_cli("rollback", "m", cwd=tmp_path)
+    again = call_cli("rollback", "m", cwd=tmp_path)
     assert (again.returncode, "no champion to go back to" in again.stderr) == (2, True)
 
 
 def test_a_promotion_after_another_one_is_refused_where_it_says_so(
-    registry: Registry, tmp_path: Path, run_cli: Callable[..., Any]
+    registry: Registry, tmp_path: Path, call_cli: Callable[..., Any]
 ) -> None:
     registry.add_version(document("c", 8.0))
     registry.promote(2, "hers")  # while he looks at version 1
     his = ("promote", "m", "3", "--reason", "his", "--after")
-    refused = run_cli(*his, "1", cwd=tmp_path)
+    refused = call_cli(*his, "1", cwd=tmp_path)
     assert refused.returncode == 8
     assert "Version 2 of m was promoted meanwhile by " in refused.stderr
     assert "(hers), and version 3 was not" in refused.stderr
-    made = run_cli(*his, "2", "--json", cwd=tmp_path)
+    made = call_cli(*his, "2", "--json", cwd=tmp_path)
     record = json.loads(made.stdout)
     assert (record["version"], record["replaces"], record["replaced"]["reason"]) == (3, 2, "hers")
-    again = run_cli(*his, "2", cwd=tmp_path)  # what is so already is no fault
+    again = call_cli(*his, "2", cwd=tmp_path)  # what is so already is no fault
     assert (again.returncode, len(registry.promotions())) == (0, 3)
 
 
@@ -91,15 +91,15 @@ def test_nothing_comes_after_a_champion_that_there_is_not(tmp_path: Path) -> Non
 
 
 def test_the_registry_as_json(
-    registry: Registry, tmp_path: Path, run_cli: Callable[..., Any]
+    registry: Registry, tmp_path: Path, call_cli: Callable[..., Any]
 ) -> None:
     root = str(tmp_path / "runs")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    listed = json.loads(run_cli("models", "--root", root, "--json", cwd=elsewhere).stdout)
+    listed = json.loads(call_cli("models", "--root", root, "--json", cwd=elsewhere).stdout)
     (model,) = listed["models"]
     assert (model["name"], model["versions"], model["champion"]["number"]) == ("m", 2, 1)
-    lineage = run_cli("lineage", "m", "2", "--root", root, "--json", cwd=elsewhere)
+    lineage = call_cli("lineage", "m", "2", "--root", root, "--json", cwd=elsewhere)
     found = json.loads(lineage.stdout)
     assert found["version"]["number"] == 2
     assert [v["number"] for v in found["ancestors"]] == [1]
@@ -117,10 +117,10 @@ def test_the_registry_as_json(
 def test_what_is_not_there_is_said(
     registry: Registry,
     tmp_path: Path,
-    run_cli: Callable[..., Any],
+    call_cli: Callable[..., Any],
     arguments: tuple[str, ...],
     sentence: str,
 ) -> None:
-    done = run_cli(*arguments, cwd=tmp_path)
+    done = call_cli(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert sentence in done.stderr

@@ -57,12 +57,12 @@ def cycle(tiny_config: Path, tmp_path: Path) -> Cycle:
 
 
 def test_one_in_the_middle_of_a_cycle_takes_nothing_that_it_needs(
-    cycle: Cycle, run_cli: Callable[..., Any]
+    cycle: Cycle, call_cli: Callable[..., Any]
 ) -> None:
     def clean_up(event: Event) -> None:
         if event.kind == "started":
             options = ("--grace-days", "0", "--keep-runs", "0")
-            done = run_cli("gc", cycle.storage.uri, *options, cwd=DIGITS)
+            done = call_cli("gc", cycle.storage.uri, *options, cwd=DIGITS)
             assert done.returncode == 0, done.stderr
             assert cycle.is_whole
             cleaned.append(event.step)

@@ -520,20 +520,22 @@ def test_another_evaluation_has_a_version_judged_again_and_the_first_does_not(
 
 
 def test_the_command_line_tells_refusals_by_the_exit_code(
-    model: Model, tmp_path: Path, run_cli: Callable[..., Any]
+    model: Model, tmp_path: Path, call_cli: Callable[..., Any]
 ) -> None:
     settings = ["--set", f"storage.root={model.root}"]
     sources = json.dumps([str(DIGITS / "digits-0000.tar")])
     settings += ["--set", f"data.sources={sources}"]
-    done = run_cli("retrain", str(model.path), *settings, cwd=tmp_path)
+    done = call_cli("retrain", str(model.path), *settings, cwd=tmp_path)
     assert (done.returncode, "Nothing new" in done.stdout) == (0, True)
     found = json.loads(
-        run_cli("retrain", str(model.path), *settings, "--json", cwd=tmp_path).stdout
+        call_cli("retrain", str(model.path), *settings, "--json", cwd=tmp_path).stdout
     )
     assert (found["state"], found["exit_code"], found["new"]) == ("nothing_new", 0, [])
-    unknown = run_cli("retrain", str(model.path), *settings, "--accept-held", "x.tar", cwd=tmp_path)
+    unknown = call_cli(
+        "retrain", str(model.path), *settings, "--accept-held", "x.tar", cwd=tmp_path
+    )
     assert unknown.returncode == 2
     assert "No held shard is called 'x.tar'" in unknown.stderr
-    absent = run_cli("accept-reference", "other", "--root", str(model.root), cwd=tmp_path)
+    absent = call_cli("accept-reference", "other", "--root", str(model.root), cwd=tmp_path)
     assert absent.returncode == 2
     assert "There is no model 'other' below" in absent.stderr

@@ -9,8 +9,8 @@ import pytest
 RunCli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_draws_every_schedule_by_default(tmp_path: Path, run_cli: RunCli) -> None:
-    done = run_cli("schedules", "--json", cwd=tmp_path)
+def test_draws_every_schedule_by_default(tmp_path: Path, call_cli: RunCli) -> None:
+    done = call_cli("schedules", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["schedules"]}
     assert list(rows) == [
@@ -26,8 +26,10 @@ def test_draws_every_schedule_by_default(tmp_path: Path, run_cli: RunCli) -> Non
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
 
 
-def test_draws_a_configs_schedule_beside_the_usual_ones(tiny_config: Path, run_cli: RunCli) -> None:
-    done = run_cli(
+def test_draws_a_configs_schedule_beside_the_usual_ones(
+    tiny_config: Path, call_cli: RunCli
+) -> None:
+    done = call_cli(
         "schedules", str(tiny_config), "--set", "diffusion.schedule=sigmoid", "--output", "x.html",
         "--json", cwd=tiny_config.parent,
     )  # fmt: skip
@@ -48,9 +50,9 @@ def test_draws_a_configs_schedule_beside_the_usual_ones(tiny_config: Path, run_c
     ],
 )
 def test_refuses_in_one_sentence(
-    tmp_path: Path, run_cli: RunCli, arguments: tuple[str, ...], code: int, message: str
+    tmp_path: Path, call_cli: RunCli, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    done = run_cli("schedules", *arguments, cwd=tmp_path)
+    done = call_cli("schedules", *arguments, cwd=tmp_path)
     assert done.returncode == code, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
