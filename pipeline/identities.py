@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from pipeline.errors import DataError, RaydiffusionError, StorageError
 from pipeline.escaping import show
@@ -184,7 +184,7 @@ def open_seekable(file: InputFile) -> Iterator[IO[bytes]]:
             if reader.read_all() != file.sha256:
                 raise _changed(file.uri)
             opened.seek(0)
-        yield _CheckedFile(opened, file.uri)
+        yield cast(IO[bytes], _CheckedFile(opened, file.uri))
         if _current_identity(file) != before and _hash(file.uri) != file.sha256:
             raise _changed(file.uri)
 
