@@ -24,7 +24,7 @@ test: lint
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test
-	$(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

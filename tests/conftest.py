@@ -49,15 +49,6 @@ OWN_RAY = {
     "test_pools.py",
     "test_preprocess_story.py",
 }
-# Of the slow tests those that take ten minutes or so, the longest first.
-LONGEST = (
-    "test_a_cycle_killed_at_twenty_moments_ends_as_the_uninterrupted_one",
-    "test_the_life_of_a_model_in_a_bucket",
-    "test_failed_trials_are_recorded_and_the_search_goes_on",  # its module's, with a search
-    "test_three_kills_through_ray_train_leave_no_trace",
-    "test_the_life_of_a_model",
-    "test_training_goes_on_with_one_node_and_takes_another_that_joins",
-)
 TINY = """
 name = "tiny"
 [data]
@@ -96,33 +87,20 @@ def needs_ray(path: Path) -> bool:
     return path.name in OWN_RAY or "ray_cluster" in path.read_text()
 
 
-@functools.cache
-def shares_fixtures(path: Path) -> bool:
-    """Whether tests of a module share what takes long to make."""
-    return 'scope="module"' in path.read_text()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules with Ray come first: side by side, what takes longest must not begin last."""
-    with_ray = {path: needs_ray(path) for path in {item.path for item in items}}
-    items.sort(key=lambda item: not with_ray[item.path])
-    if config.option.markexpr == "slow":
-        rank = {name: k for k, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: rank.get(item.name, len(rank)))
+    slow = {path: needs_ray(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: not slow[item.path])
 
 
 class ByModule(LoadFileScheduling):
     """Side by side run modules, whose fixtures are shared; those with Ray are one of them.
 
-    So tests with Ray never run beside one another. The slow ones do, each worker with a cluster,
-    for they mostly wait for processes to start: there every test is dealt out by itself, but where
-    its module shares what takes long to make.
+    So tests with Ray never run beside one another.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         name = nodeid.partition("::")[0]
-        if self.config.option.markexpr == "slow":
-            return name if shares_fixtures(ROOT / name) else nodeid
         return "ray" if needs_ray(ROOT / name) else name
 
 
