@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import typer
 
 from jobs.results import print_json
+from pipeline.cluster import end_own_ray
 from pipeline.errors import RaydiffusionError
 
 INTERRUPTED_EXIT_CODE = 130
@@ -27,4 +28,5 @@ def errors_to_exit_codes(as_json: bool, on_interrupt: str = KEPT) -> Iterator[No
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
         typer.echo(on_interrupt, err=True)
         sys.stdout.flush()
+        end_own_ray()
         os._exit(INTERRUPTED_EXIT_CODE)  # threads of running steps must not hold us up

@@ -28,6 +28,7 @@ PACKAGES = ("diffusion_core", "pipeline", "jobs")
 POOL_LABEL = "raydiffusion/pool"  # of a node, given when Ray is started there
 CPU_POOL = "cpu"  # where tasks run that ask for no GPU
 CONNECT_TIMEOUT_S = 10
+_own_directories: list[str] = []  # of the Ray that this process has started, if it has
 MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107  # bytes
 
 # Read by Ray where they must be set before it starts. Reports and polls twice a second instead
@@ -114,6 +115,7 @@ def connect(config: Config) -> Iterator[list[Node]]:
             _start_or_join(ray, config, temp)
     except Exception as error:  # Ray raises also its own, and bare ones
         shutil.rmtree(temp, ignore_errors=True)
+        _own_directories.clear()
         first = str(error).strip().split("\n")[0]
         remedy = (
             "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the token "
@@ -139,6 +141,24 @@ def connect(config: Config) -> Iterator[list[Node]]:
 def _leave(ray: Any, temp: str) -> None:
     ray.shutdown()
     shutil.rmtree(temp, ignore_errors=True)
+    _own_directories.clear()
+
+
+def end_own_ray() -> None:
+    """Kills the processes of a Ray that this one started, and removes what they wrote.
+
+    For an exit that cannot wait for threads which use Ray, just before it. Left to themselves its
+    agents look for it for a minute and more.
+    """
+    if not _own_directories:
+        return
+    import psutil  # Ray brings it  # pyright: ignore[reportMissingModuleSource]
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    for directory in _own_directories:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _temp_prefix(pid: int | str) -> str:
@@ -170,6 +190,7 @@ def _start_or_join(ray: Any, config: Config, temp: str) -> None:
     nodes = local_nodes(config)
     if nodes is not None:
         # "local" also where RAY_ADDRESS is set: the config says where the work runs.
+        _own_directories.append(temp)
         ray.init("local", num_cpus=nodes[0].cpus, include_dashboard=False, _temp_dir=temp, **quiet)
     else:
         address = config.cluster.address
