@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,10 @@ def open_shards(
         label_ids = number_classes(document["classes"])
         return CachedItems(remote, document["shape"], document["dtype"], cache, label_ids)
     local = [ArrowFile(storage.local_path(path), file.get("excluded", ())) for path, file in files]
-    tables = [_open_local(storage, path, file["bytes"]) for path, file in files]
+    tables = [
+        _open_local(storage, path, arrow.path, file["bytes"])
+        for arrow, (path, file) in zip(local, files, strict=True)
+    ]
     return ArrowItems(local, document["classes"], tables)
 
 
@@ -326,9 +330,8 @@ def _files_of(
     ]
 
 
-def _open_local(storage: LocalStorage, path: str, num_bytes: int) -> pa.Table:
+def _open_local(storage: LocalStorage, path: str, local: Path, num_bytes: int) -> pa.Table:
     """The content of a local Arrow file, mapped; size and layout are looked at, not the hash."""
-    local = storage.local_path(path)
     if local.stat().st_size != num_bytes:
         raise damaged(storage, path)
     with as_storage_error("read", local):
