@@ -61,6 +61,10 @@ class InputStream:
 
     def skip(self, size: int) -> int:
         """Passes over the next bytes; how many there were."""
+        if 0 <= size <= len(self._block):  # as in `read`
+            self._block = self._block[size:]
+            self.position += size
+            return size
         return sum(len(part) for part in self._iter_parts(size))
 
     def skip_rest(self) -> int:

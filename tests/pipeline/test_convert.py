@@ -357,6 +357,17 @@ def test_the_sums_are_those_of_the_pixels(
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("side", [257, 258])  # the squares of 257 x 257 whites are below 2^32
+def test_the_sums_of_large_white_images_do_not_wrap(
+    side: int, convert_tar: Callable[..., Result]
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 255).save(buffer, "PNG")
+    result = convert_tar([("a.png", buffer.getvalue())], resolution=side)
+    found = sum(np.array(result.manifest["splits"][s]["channel_sums"]) for s in SPLITS)
+    assert np.array_equal(found, [[255 * side**2, 255**2 * side**2]])
+
+
 def test_a_compressed_shard_that_is_cut_short_lists_its_tail(
     tmp_path: Path,
     make_tar: Callable[..., Path],
