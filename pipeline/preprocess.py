@@ -1,7 +1,7 @@
 """The step `preprocess`: input shards to a data set of Arrow shards, with Ray Data.
 
 Each shard is one unit (`units.py`), done once, in a task of Ray Data with a few others; the step
-adds the units up (`dataset.py`) and refuses a data set of which too much cannot be used.
+adds the units up (`dataset_document.py`) and refuses a data set of which too much cannot be used.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.cluster import place_tasks
 from pipeline.convert import begin_shard
-from pipeline.dataset import check_document, make_document
+from pipeline.dataset_document import check_document, make_document
 from pipeline.errors import ERRORS, ClusterError, DataError, RaydiffusionError
 from pipeline.settings import DataConfig
 from pipeline.sources import InputShard, list_inputs

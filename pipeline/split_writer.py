@@ -122,7 +122,7 @@ def read_digests(storage: Storage, directory: str) -> np.ndarray:
     try:
         path = f"{directory}/{json.loads(storage.read(path))['index']['file']}"
         table = pa.ipc.open_file(storage.read(path)).read_all()
-    except (FileNotFoundError, ValueError, OSError) as error:  # also what Arrow raises
+    except (ValueError, OSError) as error:  # also what Arrow raises
         raise damaged(storage, path) from error
     if not table.num_rows:
         return np.zeros(0, ITEM_HASH)

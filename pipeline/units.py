@@ -3,7 +3,7 @@
 A unit's result `steps/shard/<key>/` holds Arrow files for each split, an index with a row for
 each item, and a manifest, written last. It is keyed by the shard's content and the transform, so
 that an unchanged shard is never read again. Making one is in `convert.py`, adding them up in
-`dataset.py`.
+`dataset_document.py`.
 """
 
 import json

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.dataset import check_document, make_document
+from pipeline.dataset_document import check_document, make_document
 from pipeline.sources import list_inputs
 from pipeline.storage import LocalStorage
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from jobs.inspection import show_dataset
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.dataset import make_document
+from pipeline.dataset_document import make_document
 from pipeline.settings import DataConfig
 from pipeline.sources import InputFile, InputShard, list_inputs
 from pipeline.storage import LocalStorage

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pipeline.dataset import make_document
+from pipeline.dataset_document import make_document
 from pipeline.errors import ConfigError
 from pipeline.readers.entries import Label
 from pipeline.report.contact_sheet import GAP_PX, LINE_PX, MARGIN_PX, PLOT_PX, write_contact_sheet

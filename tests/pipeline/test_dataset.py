@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.convert import preprocess_shard
-from pipeline.dataset import check_document, class_names, make_document, open_shards
+from pipeline.dataset import class_names, open_shards
+from pipeline.dataset_document import check_document, make_document
 from pipeline.errors import DataError, StorageError
 from pipeline.settings import DataConfig
 from pipeline.sources import list_inputs

@@ -15,7 +15,8 @@ from pipeline import features as features_step
 from pipeline import reference as reference_step
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.dataset import make_document, open_split
+from pipeline.dataset import open_split
+from pipeline.dataset_document import make_document
 from pipeline.driver import make_plan
 from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors import ARTIFACT, extract, load_extractor

@@ -15,7 +15,8 @@ from pipeline import drift as drift_module
 from pipeline import screening as module
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
-from pipeline.dataset import make_document, read_dataset
+from pipeline.dataset import read_dataset
+from pipeline.dataset_document import make_document
 from pipeline.driver import Basis
 from pipeline.errors import StorageError
 from pipeline.extractors.naming import ARTIFACT
