@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.errors import ClusterError
 from pipeline.processes import is_process_alive
-from pipeline.settings import Config
+from pipeline.settings import CLIENT, Config
 from pipeline.workflow import Resources
 
 PACKAGES = ("diffusion_core", "pipeline", "jobs")
@@ -195,13 +195,15 @@ def _start_or_join(ray: Any, config: Config, temp: str) -> None:
     else:
         address = config.cluster.address
         assert address is not None  # then there would be local nodes
+        if address == "auto" and os.environ.get("RAY_ADDRESS", "").startswith(CLIENT):
+            raise ConnectionError("RAY_ADDRESS is of Ray's client, and Ray Data needs more")
         _check_reachable(address)
         ray.init(address, runtime_env=_code(), **quiet)
 
 
 def _check_reachable(address: str) -> None:
     """Fails within seconds where Ray's own client would retry for a minute."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like: Ray knows
     with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S):

@@ -4,7 +4,7 @@ Reading them from a file, and telling what is wrong there, is in `pipeline/confi
 imports torch or Ray, so that `plan` and a fully cached run answer at once.
 """
 
-from pipeline.settings.config import ClusterConfig, Config, StorageConfig
+from pipeline.settings.config import CLIENT, ClusterConfig, Config, StorageConfig
 from pipeline.settings.data import CACHE_BYTES, LABEL_FIELD, NOT_OF_THE_DATA_SET, DataConfig
 from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
 from pipeline.settings.model import DiffusionConfig, ModelConfig
@@ -16,6 +16,7 @@ from pipeline.settings.tune import SpaceConfig, TuneConfig
 
 __all__ = [
     "CACHE_BYTES",
+    "CLIENT",
     "LABEL_FIELD",
     "NOISE_GROUP",
     "NOT_OF_THE_DATA_SET",

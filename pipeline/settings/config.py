@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.settings.data import DataConfig
 from pipeline.settings.evaluate import EvaluateConfig, FeaturesConfig
@@ -12,6 +12,8 @@ from pipeline.settings.retrain import PromoteConfig, RetrainConfig
 from pipeline.settings.section import Positive, Section
 from pipeline.settings.train import TrainConfig
 from pipeline.settings.tune import TuneConfig, faults_of_tune
+
+CLIENT = "ray://"  # what an address of Ray's client begins with
 
 
 class StorageConfig(Section):
@@ -24,11 +26,22 @@ class ClusterConfig(Section):
     """Where the work runs: a Ray started here, or one that is there."""
 
     address: str | None = Field(
-        default=None, description="of a running Ray cluster; none starts Ray here"
+        default=None, description="of a running Ray cluster, HEAD:PORT; none starts Ray here"
     )
     num_cpus: Positive | None = Field(
         default=None, description="of the Ray started here; none is all"
     )
+
+    @field_validator("address")
+    @classmethod
+    def _be_no_client(cls, address: str | None) -> str | None:
+        if address is not None and address.startswith(CLIENT):
+            raise ValueError(
+                f"must not be of Ray's client, with which Ray Data does not run, got {address!r}. "
+                "Give HEAD:6379 on a machine of the cluster, or send a job from elsewhere, with "
+                "`raydiffusion submit`."
+            )
+        return address
 
 
 class Config(Section):

@@ -1,8 +1,14 @@
-"""What a cluster that is joined is sent."""
+"""Joining a cluster, and what it is sent."""
 
 from pathlib import Path
 
-from pipeline.cluster import _code
+import pytest
+
+from pipeline.cluster import _code, connect
+from pipeline.config import load_config
+from pipeline.errors import ClusterError
+
+from ..conftest import TINY
 
 
 def test_what_python_compiled_makes_no_other_package(tmp_path: Path) -> None:
@@ -22,3 +28,14 @@ def test_what_python_compiled_makes_no_other_package(tmp_path: Path) -> None:
     assert uri() == before
     (compiled.parent / "module.py").write_text("x = 2")
     assert uri() != before
+
+
+def test_the_address_of_rays_client_is_refused_when_ray_would_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY.format(sources="*.tar"))
+    config = load_config(tmp_path / "tiny.toml", ["cluster.address=auto"])
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    refused = pytest.raises(ClusterError, match="Ray at auto cannot be used: RAY_ADDRESS is of Ray")
+    with refused, connect(config):
+        pass

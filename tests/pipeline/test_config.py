@@ -94,6 +94,7 @@ def test_set_overrides(
         ("train.num_workers=0", "num_workers: must be a number from 1, .* got 0. Change it"),
         ('train.num_workers="2"', "must be a number from 1, .* got '2'"),
         ("data.resolution=30", "data.resolution must be divisible by 4"),
+        ("cluster.address=ray://h:10001", "got 'ray://h:10001'. Give HEAD:6379 on a machine of"),
         ("data.test_fraction=0.97", "must leave images to train on"),
         ("evaluate.num_samples=100", "at least 10 x features.width = 160, got 100"),
         ("train={fid_every=1, fid_samples=9}", "train.fid_samples must be at least 10 x features."),
