@@ -245,16 +245,7 @@ def run_config(
             "Under torchrun nothing is searched, and tune.enabled asks for a search that is not "
             "done. Run `raydiffusion tune` without torchrun first, or set tune.enabled = false."
         )
-    notes: list[str] = []
-    if not planned.is_cached:
-        checks = before_ray(
-            config,
-            planned.storage,
-            trains=planned.trains,
-            draws=planned.draws,
-            series=planned.series,
-        )
-        notes = require(checks)
+    notes = _look_ahead(config, planned)
     with hold_lease(planned.storage, f"runs/{planned.run}", wait=wait_for_lease, on_wait=on_wait):
         # Another may have worked while we waited.
         planned = make_plan(config, targets, subject=subject, basis=basis)
@@ -335,15 +326,7 @@ def bring_about(
     planned = make_plan(config, targets, subject=subject, basis=basis, on_hash=on_hash)
     if record_needs(planned.storage, config.name, planned.steps):
         planned = make_plan(config, targets, subject=subject, basis=basis)
-    if not planned.is_cached:
-        checks = before_ray(
-            config,
-            planned.storage,
-            trains=planned.trains,
-            draws=planned.draws,
-            series=planned.series,
-        )
-        _tell(require(checks), observer)
+    _tell(_look_ahead(config, planned), observer)
     with _capacity(config, planned, observer) as capacity:
         return execute(
             planned.steps,
@@ -363,6 +346,20 @@ def _publish(planned: Plan, manifests: dict[str, dict[str, Any]], command: str) 
     if "tune" in manifests:
         search = publish_search(planned.storage, planned.run, manifests["tune"], command)
     return Outcome(planned, manifests, report, search)
+
+
+def _look_ahead(config: Config, planned: Plan) -> list[str]:
+    """What the preflight notes before there is Ray; what it finds wrong is raised."""
+    if planned.is_cached:
+        return []
+    checks = before_ray(
+        config,
+        planned.storage,
+        trains=planned.trains,
+        draws=planned.draws,
+        series=planned.series,
+    )
+    return require(checks)
 
 
 def _tell(notes: Sequence[str], observer: Observer) -> None:
