@@ -11,7 +11,8 @@ loop of our own that has the images on the device already, which favours them. b
 `images_per_s`   over the steps after the first ones, which compile and choose kernels.
 `peak_share`     three times the FLOPs of a forward pass, for forward and backward, times images a
                  second, over what a matrix product of 8192 reaches on this device and in this
-                 precision. Networks differ in their FLOPs: `gflops` are of one forward pass.
+                 precision; of fp32 in TF32. Networks differ in their FLOPs: `gflops` are of one
+                 forward pass.
 `memory_mib`     the most that torch had allocated.
 
 `--device cpu` tries it without a GPU; its numbers mean nothing. The last line is one JSON object.
@@ -114,7 +115,11 @@ def measure(
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     batch = arguments.batch or max(16, IMAGES_AT_32 * 32**2 // size**2)
+    is_gpu = device.type == "cuda"
     peak = matmul_flops(dtype, device)
+    if is_gpu:  # now that its matrices are gone
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
     network = make_network(side, size, arguments.dim)
     flops = train_sides.count_flops(network, (3, size, size))
@@ -127,7 +132,6 @@ def measure(
         rate = rate_of(
             network, loss_of, NoiseItems((3, size, size), max(NUM_ITEMS, batch)), batch, dtype
         )
-    is_gpu = device.type == "cuda"
     return {
         "batch": batch,
         "images_per_s": round(rate, 1),
@@ -139,7 +143,11 @@ def measure(
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of a large matrix product, the fastest of a few."""
+    """FLOPs a second of a large matrix product, the fastest of a few.
+
+    Of float32 as TF32, for that is what torch lets convolutions take.
+    """
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, dtype=dtype, device=device)
     times = []
@@ -149,9 +157,7 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
         _ = a @ a
         wait_for(device)
         times.append(time.perf_counter() - started)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / min(times)
 
 
