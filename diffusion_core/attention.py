@@ -102,8 +102,10 @@ class LinearAttention(nn.Module):
         self, x: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
         tokens = _tokens(self.norm(x)).contiguous()
+        # Sums over all pixels, and the squares of their inverses, leave the range of float16.
+        wide = tokens.float() if tokens.dtype == torch.float16 else tokens
         with torch.autocast(x.device.type, enabled=False):  # one type for all of what follows
-            attended = self._attend(tokens)
+            attended = self._attend(wide).to(tokens.dtype)
         return self.norm_out(_image(attended, x), residual=x, overwrite=True)
 
     def _attend(self, tokens: Float[Tensor, "batch token channel"]) -> Tensor:

@@ -85,3 +85,19 @@ def test_large_keys_do_not_overflow() -> None:
     layer = LinearAttention(DIM, HEADS, HEAD_DIM, 3)
     torch.nn.init.constant_(layer.to_qkv.weight, 200.0)
     assert bool(torch.isfinite(layer(torch.randn(2, DIM, 4, 4))).all())
+
+
+def test_float16_has_the_gradient_of_many_pixels() -> None:
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        layer = LinearAttention(16, HEADS, 16)
+        x = (torch.randn(1, 16, 128, 128) + 0.5).to(dtype)
+        weights = torch.randn(1, 16, 128, 128) / 64  # as under a scaled loss
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            out = layer(x)
+        (out.float() * weights).sum().backward()
+        assert layer.to_qkv.weight.grad is not None
+        return layer.to_qkv.weight.grad.chunk(3)
+
+    for half, exact in zip(gradients(torch.float16), gradients(torch.float32), strict=True):
+        assert (half - exact).norm() < 0.02 * exact.norm()
