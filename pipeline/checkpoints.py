@@ -25,7 +25,7 @@ from pipeline.checkpoint_steps import (
     named_steps,
 )
 from pipeline.errors import StorageError
-from pipeline.storage import Storage, hashed_name
+from pipeline.storage import Storage, claim, hashed_name
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,10 @@ class CheckpointStore:
             is_there = False
         if not is_there:
             for name, content in files.items():
-                self.storage.create(f"{directory}/{hashed_name(name, hashes[name])}", content)
+                path = f"{directory}/{hashed_name(name, hashes[name])}"
+                if not claim(self.storage, path, content):
+                    self.storage.replace(path, content)  # of a damaged one, half deleted
+            self._passed_over.discard(step)
             manifest["sha256"] = _hash_of(manifest)
             self.storage.create(f"{directory}/manifest.json", json.dumps(manifest).encode())
         # Also where it is there: who made it may have failed before the rest was done.
@@ -133,6 +136,11 @@ class CheckpointStore:
 
     def _show(self, lines: bytes) -> None:
         self.storage.replace(f"{self.directory}/metrics.jsonl", lines)
+
+    @property
+    def has_passed_over(self) -> bool:
+        """Whether `load_latest` met one that it could not use."""
+        return bool(self._passed_over)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
@@ -165,7 +173,7 @@ class CheckpointStore:
                 return checkpoint
             self._passed_over.add(step)
             logger.warning(
-                "The checkpoint at step %d in %s %s; the one before it is used.",
+                "The checkpoint at step %d in %s %s; the one before it is tried.",
                 step,
                 self.directory,
                 what,

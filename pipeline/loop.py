@@ -135,6 +135,8 @@ class _Training:
         self.batches, self.hooks = batches, hooks
         self.rank, self.world_size = batches.rank, batches.world_size
         self.device = device or torch.device("cpu")
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # streams and collectives are of the current one
         self.environments: list[dict[str, Any]] = []
         self.diffusion = diffusion.to(self.device)
         self.watch = Stopwatch()
@@ -183,11 +185,23 @@ class _Training:
         """From the latest checkpoint, if there is one."""
         checkpoint = self._load_latest()
         if checkpoint is None:
+            self._refuse_damaged()
             self.begun = copy_to_host(self._state())
             return
         self._restore(checkpoint)
         self.skipped, self.num_rewinds = list(checkpoint.skipped), checkpoint.num_rewinds
         self.environments = list(checkpoint.environments)
+
+    def _refuse_damaged(self) -> None:
+        """Ends a training of which there are checkpoints, and none to go on from."""
+        are_damaged = [self.rank == 0 and self.store.has_passed_over]
+        if self.world_size > 1:
+            dist.broadcast_object_list(are_damaged, src=0)
+        if are_damaged[0]:
+            raise TrainingError(
+                f"The checkpoints below {self.store.directory} are damaged, all of them. Bring one "
+                "back from a copy, or delete them to have the same command begin anew."
+            )
 
     def _note_environment(self) -> None:
         """Records what the last bit depends on from here on, and says what is another."""

@@ -232,7 +232,7 @@ def test_one_that_cannot_be_read_is_passed_over_when_that_is_wanted(
     latest = store.load_latest(max_step=20, passes_over_unreadable=True)
     assert latest is not None
     assert latest.global_step == 10
-    assert "The checkpoint at step 20 in t cannot be read; the one before it is" in caplog.text
+    assert "checkpoint at step 20 in t cannot be read; the one before it is tried" in caplog.text
     root.unreadable = "/ema"
     with pytest.raises(StorageError, match="Input/output"):
         store.load_latest(max_step=20, passes_over_unreadable=True)
@@ -253,3 +253,43 @@ def test_one_that_was_passed_over_is_not_kept_as_one_to_go_back_to(tmp_path: Pat
     for step in (15, 25):
         store.save(make_checkpoint(step))
     assert store.steps() == [15, 25]
+
+
+def damage(tmp_path: Path, step: int) -> None:
+    (path,) = (tmp_path / "t" / "checkpoints" / f"{step:09d}").glob("model*")
+    path.write_bytes(b"x")
+
+
+def test_one_in_place_of_a_damaged_one_is_kept_though_deleting_that_failed_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(LocalStorage(str(tmp_path)), "t")
+    for step in (10, 20):
+        store.save(make_checkpoint(step))
+    damage(tmp_path, 20)
+    assert store.load_latest(max_step=20) is not None  # that at step 10
+    real = LocalStorage.delete
+
+    def fail(self: LocalStorage, path: str) -> None:
+        if path.endswith("000000020"):
+            monkeypatch.setattr(LocalStorage, "delete", real)
+            raise StorageError("away for a moment")
+        real(self, path)
+
+    monkeypatch.setattr(LocalStorage, "delete", fail)
+    with pytest.raises(StorageError, match="away"):
+        store.save(make_checkpoint(20))
+    store.save(make_checkpoint(20))
+    assert store.steps() == [10, 20]
+    assert store.load(20) is not None
+
+
+def test_one_in_place_of_a_damaged_one_half_deleted_is_whole(tmp_path: Path) -> None:
+    store = CheckpointStore(LocalStorage(str(tmp_path)), "t")
+    store.save(make_checkpoint(20))
+    damage(tmp_path, 20)
+    # Killed then, when it was to be replaced, between its manifest and its files.
+    (tmp_path / "t" / "checkpoints" / "000000020" / "manifest.json").unlink()
+    after = CheckpointStore(LocalStorage(str(tmp_path)), "t")
+    after.save(make_checkpoint(20))
+    assert after.load(20) is not None

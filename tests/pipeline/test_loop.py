@@ -482,3 +482,14 @@ def test_what_is_compiled_is_what_trains(
     assert len(calls) == STEPS + 1  # one to warm up
     train(wants, tmp_path, data, "compiled")  # it was done
     assert caplog.records == []
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(
+    config: Config, tmp_path: Path, data: dict[str, Any]
+) -> None:
+    store = train(config, tmp_path, data, "t")
+    for path in tmp_path.glob("t/checkpoints/*/model*"):
+        path.write_bytes(b"x")
+    with pytest.raises(TrainingError, match=r"below t are damaged, all of them\. Bring one"):
+        train(config, tmp_path, data, "t")
+    assert store.steps() == [16, 24]
