@@ -120,13 +120,16 @@ def check_fid(config: Config, nodes: Sequence[Node], under_torchrun: bool = Fals
             "train.fid_every has a Ray task score while Ray Train trains, and torchrun trains "
             "without Ray. Leave train.fid_every out, or run without torchrun."
         )
-    workers = min(train.max_workers, sum(fits_on(config, node) for node in nodes))
-    taken, cpus = workers * train.cpus_per_worker, total(nodes).cpus
+    # Ray may place workers there first, where the tasks run.
+    places = nodes_for_tasks(nodes)
+    workers = min(train.max_workers, sum(fits_on(config, node) for node in places))
+    taken, cpus = workers * train.cpus_per_worker, total(places).cpus
     left = cpus - taken
+    of_pool = f" of the pool {CPU_POOL}" if len(places) < len(nodes) else ""
     takes = (
         f"{count_of(workers, 'worker')} of {count_of(train.cpus_per_worker, 'CPU')} each "
-        f"{'takes' if workers == 1 else 'take'} {taken} of the {count_of(cpus, 'CPU')} "
-        f"({list_nodes(nodes)})"
+        f"{'takes' if workers == 1 else 'take'} {taken} of the {count_of(cpus, 'CPU')}{of_pool} "
+        f"({list_nodes(places)})"
     )
     if left < 1:
         raise ClusterError(

@@ -79,4 +79,5 @@ def _describe_environment(device: torch.device) -> dict[str, Any]:
         environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     else:
         environment["gpu"] = torch.cuda.get_device_name(device)
+        environment["tf32"] = torch.backends.cudnn.allow_tf32  # of float32 in convolutions
     return environment

@@ -6,6 +6,7 @@ failure (`require`), `doctor` shows them all (`examine`). How workers and tasks 
 """
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ from pipeline.settings import Config
 from pipeline.sources import find_first_files
 from pipeline.storage import LocalStorage, Storage, check_writable, in_bytes, open_storage
 from pipeline.torchrun import World, torchrun_world
+from pipeline.torchrun import check_gpus as torchrun_gpus
 from pipeline.workflow import Resources
 
 SAVED_BYTES_PER_WEIGHT = 16  # of a checkpoint: weights, EMA, AdamW
@@ -198,6 +200,8 @@ def _check_ranks(config: Config, world: World) -> str:
     from pipeline.batches import check_ranks
 
     check_ranks(config.train, world.world_size)
+    if config.train.use_gpu:
+        torchrun_gpus(world)
     return f"torchrun started {world.world_size} ranks"
 
 
@@ -234,10 +238,11 @@ def _check_room(storage: Storage, config: Config, free: int, series: str | None)
         size = SAVED_BYTES_PER_WEIGHT * count_parameters(config)
     except ConfigError:  # said by the check of the model
         return
-    num_steps, every = config.train.num_steps, config.train.keep_every
-    most = CHECKPOINTS + (0 if every is None else num_steps // every)
+    train, most = config.train, CHECKPOINTS
+    if train.keep_every is not None:  # of those that are made
+        most += train.num_steps // math.lcm(train.keep_every, train.checkpoint_every)
     steps = [] if series is None else complete_steps(storage, series)
-    there = sum(step <= num_steps for step in steps)
+    there = sum(step <= train.num_steps for step in steps)
     # However many are there, the next one is written before any of them goes.
     count = max(most - there, 1)
     if free >= count * size:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from pipeline.errors import ClusterError
+
 LONGEST_WAIT = timedelta(days=7)  # of the other ranks, for what comes before training
 _KEY = "raydiffusion/settings"
 
@@ -25,6 +27,7 @@ class World:
     rank: int
     world_size: int
     local_rank: int
+    local_size: int  # ranks on this machine
 
 
 def torchrun_world() -> World | None:
@@ -34,7 +37,27 @@ def torchrun_world() -> World | None:
     rank, world_size, local_rank = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
-    return World(rank, world_size, local_rank)
+    return World(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_gpus(world: World) -> None:
+    """Whether each rank of this machine finds a GPU of its own, and NCCL.
+
+    Raises:
+        ClusterError: it does not, and torch would fail in its own words, on some of the ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    found = torch.cuda.device_count()
+    if found < world.local_size or not dist.is_nccl_available():
+        has_nccl = "" if dist.is_nccl_available() else " and has no nccl"
+        raise ClusterError(
+            f"torch {torch.__version__} on {socket.gethostname()} finds {found} GPUs{has_nccl}, "
+            f"and torchrun started {world.local_size} ranks there to train on one each. Install "
+            "the CUDA build of torch (see the README), lower --nproc-per-node, or set "
+            "train.use_gpu = false."
+        )
 
 
 def announce(settings: dict[str, Any]) -> None:
@@ -61,8 +84,12 @@ def await_settings() -> dict[str, Any] | None:
     return json.loads(store.get(_KEY))
 
 
-def open_store() -> Any:
+def open_store(timeout: timedelta | None = None) -> Any:
     """That of torchrun, in which a restarted attempt has keys of its own.
+
+    Args:
+        timeout: for which ranks wait for one another's keys; none is torch's own, five minutes.
+
 
     torch itself would find those of the attempt before, addresses of dead ranks among them, where
     torchrun keeps its store for all attempts: on one node, unless it is told otherwise.
@@ -70,7 +97,8 @@ def open_store() -> Any:
     import torch.distributed as dist
 
     host, port = _store_address()
-    store = dist.TCPStore(host, port, None, False)  # pyright: ignore[reportPrivateImportUsage]
+    how = {} if timeout is None else {"timeout": timeout}
+    store = dist.TCPStore(host, port, None, False, **how)  # pyright: ignore
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     return dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -33,7 +33,14 @@ from pipeline.ray_train import fit_workers
 from pipeline.settings import NOISE_GROUP, Config, TrainConfig
 from pipeline.steps import START_TRAINING
 from pipeline.storage import Storage, open_storage
-from pipeline.torchrun import World, announce, await_settings, open_store, torchrun_world
+from pipeline.torchrun import (
+    World,
+    announce,
+    await_settings,
+    check_gpus,
+    open_store,
+    torchrun_world,
+)
 from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
 from pipeline.workflow import StepContext, read_artifact, read_manifest
 
@@ -248,10 +255,12 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
     config = Config.model_validate_json(settings["config"]).train
     device = torch.device("cuda", world.local_rank) if config.use_gpu else torch.device("cpu")
     if config.use_gpu:
+        check_gpus(world)  # rank 0 has done so before, on its machine
         torch.cuda.set_device(device)
     backend = "nccl" if config.use_gpu else "gloo"
     ranks = {"rank": world.rank, "world_size": world.world_size}
-    with process_group(config, backend, store=open_store(), **ranks):
+    store = open_store(timedelta(seconds=config.group_timeout_s))
+    with process_group(config, backend, store=store, **ranks):
         _train_rank(settings, world.rank, world.world_size, device, lambda: False)
 
 

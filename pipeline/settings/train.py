@@ -36,7 +36,9 @@ class TrainConfig(Section):
         default=1, description="parts in which a worker goes through its share of a batch"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="of the network's arithmetic; auto: bf16 on GPUs that have it"
+        default="auto",
+        description="of the network's arithmetic; auto: bf16 on GPUs that have it; with fp32, "
+        "convolutions on GPUs are in TF32, as is torch's default",
     )
     compile: bool = Field(default=False, description="with torch.compile")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW")

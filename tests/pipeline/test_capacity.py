@@ -107,6 +107,15 @@ def test_scores_beside_training_need_a_cpu_beside_the_workers() -> None:
         check_fid(config(**wants), [SMALL], under_torchrun=True)
 
 
+def test_scores_beside_training_run_on_the_pool_for_tasks_alone() -> None:
+    nodes = [Node(2, 0, pool="cpu"), Node(4, 0)]
+    wants = {"fid_every": 10, "fid_samples": 200}
+    with pytest.raises(ClusterError, match=r"2 workers .* take 2 of the 2 CPUs of the pool cpu"):
+        check_fid(config(num_workers=4, **wants), nodes)
+    detail = check_fid(config(num_workers=1, **wants), nodes)
+    assert detail.endswith("1 of the 2 CPUs of the pool cpu (1 node: 2 CPUs): 1 left")
+
+
 def test_equal_nodes_are_listed_together() -> None:
     assert list_nodes([SMALL]) == "1 node: 2 CPUs"
     assert list_nodes([GPU, HEAD, GPU]) == "3 nodes: 2 x 16 CPUs and 2 GPUs, 1 x 0 CPUs"

@@ -139,6 +139,32 @@ def test_checkpoints_that_are_there_need_no_room_again(
     assert "elsewhere on that disk (training goes on from the 3 that are there)" in refused.detail
 
 
+@pytest.mark.parametrize("keep_every", [1, 25, 100])  # none but multiples of 50 are made
+def test_only_checkpoints_that_are_made_need_room(
+    tiny_config: Path, storage: Storage, leave_free: Callable[[int], None], keep_every: int
+) -> None:
+    kept = load_config(tiny_config, ["cluster.num_cpus=2", f"train.keep_every={keep_every}"])
+    count = 4 + 300 // max(50, keep_every)
+    leave_free(count * ONE)
+    assert checks_of(kept, storage)["disk"].status == "ok"
+    leave_free(count * ONE - 1)
+    assert f"and {count} checkpoints need" in checks_of(kept, storage)["disk"].detail
+
+
+def test_ranks_of_torchrun_without_gpus_are_refused_before_torch_fails(
+    tiny_config: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config, ["train.use_gpu=true"])
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**world, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    check = checks_of(config, storage)["workers"]
+    assert isinstance(check.error, ClusterError)
+    assert "finds 1 GPUs" in check.detail
+    assert "torchrun started 2 ranks there to train on one each. Install" in check.detail
+
+
 def test_one_more_checkpoint_is_always_written_beside_those_that_are_there(
     config: Config, storage: Storage, leave_free: Callable[[int], None]
 ) -> None:
