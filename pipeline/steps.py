@@ -31,6 +31,8 @@ NOT_LEARNED = (
     "max_rewinds",
     "storage_patience_s",
 )
+# By which dropout drops other units: ranks, parts, GPUs and what is compiled draw their own.
+OF_DROPOUT = ("num_workers", "accumulation_steps", "use_gpu", "compile")
 # Settings of a search that change how fast, but not what is found.
 NOT_SEARCHED = ("enabled", "max_concurrent", "train_steps", "num_steps")
 # Settings of evaluation that the score of a trial depends on, by metric; noise is drawn anew
@@ -192,11 +194,9 @@ def _evaluate_version(is_told: bool) -> int:
 def train_settings(config: Config) -> dict[str, Any]:
     """What determines a training, but its data set."""
     train = _section(config, "train")
-    for key in NOT_LEARNED:
+    learned = OF_DROPOUT if config.model.dropout > 0 else ()
+    for key in {*NOT_LEARNED, *OF_DROPOUT}.difference(learned):
         del train[f"train.{key}"]
-    for key in ("num_workers", "accumulation_steps"):
-        if config.model.dropout == 0:  # else each rank and part drops other units
-            del train[f"train.{key}"]
     if config.train.learning_rate_decay == "cosine":  # one that ends elsewhere is another
         train["train.decay_steps"] = config.train.num_steps
     diffusion = _section(config, "diffusion")

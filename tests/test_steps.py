@@ -97,6 +97,22 @@ def test_an_elastic_training_runs_alone_and_continues_a_fixed_one(tiny_config: P
     assert train_step("[1, 2]").settings == train_step("1").settings
 
 
+@pytest.mark.parametrize(
+    "override", ["num_workers=1", "accumulation_steps=2", "use_gpu=true", "compile=true"]
+)
+def test_what_has_dropout_draw_others_is_learned_with_dropout_alone(
+    tiny_config: Path, override: str
+) -> None:
+    def settings(*overrides: str) -> dict[str, Any]:
+        steps = make_steps(load_config(tiny_config, list(overrides)), [])
+        return next(step.settings for step in steps if step.name == "train")
+
+    override = f"train.{override}"
+    assert settings(override) == settings()
+    dropout = "model.dropout=0.1"
+    assert settings(override, dropout) != settings(dropout)
+
+
 def test_scores_beside_training_come_after_their_reference_and_change_no_key(
     tiny_config: Path,
 ) -> None:
