@@ -210,15 +210,19 @@ def rate_of_ours(
     rows: list[Any] = []
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(Path(directory), size, arguments.dim, precision, batch)
+        store = CheckpointStore(LocalStorage(directory), "gpu")
         train_loop(
             config.train,
             make_unet(config, 0),
             make_diffusion(config),
             NoiseItems((3, size, size), max(NUM_ITEMS, batch)),
-            CheckpointStore(LocalStorage(directory), "gpu"),
+            store,
             device=device,
             hooks=Hooks(on_row=lambda row, first: rows.append(row)),
         )
+        last = store.load(STEPS)
+    if last is None or last.environments[-1]["compiled"] != config.train.compile:
+        raise RuntimeError("torch.compile failed, and training went on without it")
     counted = rows[WARM_STEPS // ROW : -1]  # the last one waits for the checkpoint
     return batch * ROW * len(counted) / sum(row["wall_s"] for row in counted)
 

@@ -105,7 +105,7 @@ def test_what_has_dropout_draw_others_is_learned_with_dropout_alone(
 ) -> None:
     def settings(*overrides: str) -> dict[str, Any]:
         steps = make_steps(load_config(tiny_config, list(overrides)), [])
-        return next(step.settings for step in steps if step.name == "train")
+        return dict(next(step.settings for step in steps if step.name == "train"))
 
     override = f"train.{override}"
     assert settings(override) == settings()
