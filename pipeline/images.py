@@ -16,7 +16,7 @@ dead-leaves, text and noise images, at qualities 75 and 95, with 4:2:0 and 4:4:4
 import functools
 import io
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -34,6 +34,7 @@ from pipeline.image_files import (
     open_image,
     prepare_pillow,
 )
+from pipeline.plain_jpegs import decode_plain, draft_scale, read_plain_head
 from pipeline.readers.entries import Refused
 from pipeline.settings import DataConfig
 
@@ -56,16 +57,14 @@ _TURNS = {  # by EXIF orientation: how to turn, and whether x and y then run bac
 }
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """The pixels of an image, as they are stored."""
 
     pixels: np.ndarray  # uint8 [C, H, W], C-contiguous
     is_animated: bool  # more frames than the first, which is the one used
 
 
-@dataclass(frozen=True)
-class _View:
+class _View(NamedTuple):
     """Where an image of `width` x `height` lies in decoded pixels: `scale` of it make one."""
 
     width: int
@@ -92,15 +91,22 @@ def decode_image(content: bytes | np.ndarray, data: DataConfig) -> Decoded | Non
     prepare_pillow(data)
     if isinstance(content, np.ndarray):
         pixels = _from_array(content)
-        check_pixels(pixels.size, data)
-        if min(pixels.size) < data.min_resolution_px:
+        if _is_too_small(pixels.size, data):
             return None
         return Decoded(_fit(pixels, _View(*pixels.size), data), is_animated=False)
     image = None
     try:
+        head = read_plain_head(content)
+        if head is not None:
+            if _is_too_small(head.size, data):
+                return None
+            least = _least_draft(head.size, data)
+            scale = draft_scale(head.size, least) if data.jpeg_draft else 1
+            plain = decode_plain(content, head, scale)
+            if plain is not None:
+                return Decoded(_fit(plain, _View(*head.size, scale), data), is_animated=False)
         image = open_image(content, data)
-        check_pixels(image.size, data)
-        if min(image.size) < data.min_resolution_px:
+        if _is_too_small(image.size, data):
             return None
         is_animated = has_more_frames(image)
         check_work(image, content, data)
@@ -113,6 +119,12 @@ def decode_image(content: bytes | np.ndarray, data: DataConfig) -> Decoded | Non
     except Exception as error:  # decoders raise about anything at hostile bytes
         reason = "truncated" if ends_early(content, image, error) else "undecodable"
         raise Refused(reason, one_line(error)) from error
+
+
+def _is_too_small(size: tuple[int, int], data: DataConfig) -> bool:
+    """Whether the config leaves out images of this size. Refused: it has too many pixels."""
+    check_pixels(size, data)
+    return min(size) < data.min_resolution_px
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -148,13 +160,17 @@ def _load_upright(image: ImageFile, content: bytes, data: DataConfig) -> tuple[I
 
 def _draft(image: ImageFile, data: DataConfig) -> float:
     """Has a large JPEG decoded at a fraction of its size; how many times smaller."""
-    width, height = image.size
-    enough = DRAFT_GAP[data.resample] * data.shape[-1]
-    least = (enough, enough)
-    if data.fit == "pad":  # there the longer side becomes the size
-        least = (enough, 1) if width > height else (1, enough)
-    drafted = image.draft(None, least) if data.jpeg_draft else None
+    width = image.width
+    drafted = image.draft(None, _least_draft(image.size, data)) if data.jpeg_draft else None
     return 1 if drafted is None else width / drafted[1][2]
+
+
+def _least_draft(size: tuple[int, int], data: DataConfig) -> tuple[int, int]:
+    """The width and height below which a draft of a JPEG of `size` must not be."""
+    enough = DRAFT_GAP[data.resample] * data.shape[-1]
+    if data.fit == "pad":  # there the longer side becomes the size
+        return (enough, 1) if size[0] > size[1] else (1, enough)
+    return enough, enough
 
 
 def _orientation(image: ImageFile) -> int:

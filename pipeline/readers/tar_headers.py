@@ -9,8 +9,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.readers.names import show
 from pipeline.readers.streams import InputStream
@@ -33,8 +32,7 @@ _PAX_SPARSE, _PAX_SPARSE_NAME = b"GNU.sparse.", b"GNU.sparse.name"
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]+)=")
 
 
-@dataclass(frozen=True)
-class TarMember:
+class TarMember(NamedTuple):
     """A file in a tar. `kind` is "a file", or in words what it is instead."""
 
     name: str
