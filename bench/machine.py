@@ -70,9 +70,9 @@ def descendants_kib(root: int) -> list[tuple[str, int]]:
         except OSError:
             continue
         peak = [row.split()[1] for row in status.splitlines() if row.startswith("VmHWM")]
-        if peak:
-            name = next((Path(a.decode()).name for a in line[::-1] if a), "?")
-            found.append((f"{name} {pid}", int(peak[0])))
+        arguments = [argument for argument in line if argument]
+        if peak and arguments:  # none while a process gives itself another name
+            found.append((f"{Path(arguments[-1].decode()).name} {pid}", int(peak[0])))
     return found
 
 

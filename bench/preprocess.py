@@ -6,8 +6,10 @@
   the first shard done to the last one done, over cores x the rate of a bare loop in one process
   that decodes and resizes the same JPEGs (256x256 to 64x64) from memory. The loop uses the fastest
   decoder that Pillow offers: libjpeg-turbo with a DCT-scaled draft, when that is faster than the
-  full decode. It runs before and after the step; the mean counts. `submitted_ratio` counts from
-  the first shard submitted, so with the second or so that Ray Data takes to start.
+  full decode. There are ROUNDS of the step with the loop before and after, whose mean counts; the
+  ratio is their median. On a shared host `rounds` tells what share of the cores it took away
+  meanwhile, which costs two processes more than one. `submitted_ratio` counts from the first
+  shard submitted, so with the second or so that Ray Data takes to start.
 - `side_by_side_ratio`: the same over as many bare loops as there are cores at the same time, which
   share caches and memory as the workers do; `bare_scaling` says what that leaves of each loop.
 - `memory_growth`: the largest ratio, over the driver, Ray's daemons, the workers and the object
@@ -26,10 +28,13 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +54,9 @@ SIDE, RESOLUTION = 256, 64
 NUM_BASES = 64  # images made from noise; the others are shifted copies of them
 IMAGES_PER_SHARD = 500
 NUM_READ_SHARDS, ITEMS_PER_READ_SHARD, BATCH = 1000, 60, 256
-LOOP_IMAGES = 4000  # of the bare loop, before and after
+LOOP_IMAGES = 2000  # of a bare loop
+ROUNDS = 9
+CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
@@ -125,29 +132,55 @@ def measure_throughput(directory: Path, jpegs: list[bytes]) -> dict[str, Any]:
     """The step on a warm local Ray beside the bare loop."""
     import ray
 
-    cores = len(os.sched_getaffinity(0))
-    before = loop_rates(jpegs)
+    few = jpegs[:LOOP_IMAGES]
+    data = DataConfig(sources=("x",), resolution=RESOLUTION)
+    alone = {
+        "bare_full": loop_rate(few, partial(bare_decode, draft=False)),
+        "bare_draft": loop_rate(few, partial(bare_decode, draft=True)),
+        "decode_image": loop_rate(few, partial(decode_image, data=data)),
+    }
+    bare = partial(bare_decode, draft=alone["bare_draft"] > alone["bare_full"])
     # Ray's workers yield to all else by default, the bare loops beside them do not.
     os.environ.update(RAY_worker_niceness="0")
     ray.init(
-        num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
+    rounds = []
     try:
         step_rates(make_config(directory, "few"))  # starts and warms the workers
-        step = step_rates(make_config(directory, "many"))
+        before = loop_rate(few, bare), side_by_side_rate(few, bare)
+        for _ in range(ROUNDS):
+            ticks = host_ticks()
+            step = step_rates(make_config(directory, "many"))
+            all_ticks, stolen = host_ticks() - ticks
+            shutil.rmtree(directory / "root-many")  # so that the next round begins anew
+            after = loop_rate(few, bare), side_by_side_rate(few, bare)
+            one, together = ((x + y) / 2 for x, y in zip(before, after, strict=True))
+            rounds.append(
+                {
+                    "side_by_side_ratio": step["done"] / together,
+                    "bare_scaling": together / (CORES * one),
+                    "decode_ratio": step["done"] / (CORES * one),
+                    "submitted_ratio": step["submitted"] / (CORES * one),
+                    "stolen": stolen / all_ticks,
+                }
+            )
+            print(rounds[-1], file=sys.stderr)
+            before = after
     finally:
         ray.shutdown()
-    after = loop_rates(jpegs)
-    loops = {kind: (before[kind] + after[kind]) / 2 for kind in before}
-    bare = cores * max(loops["bare_full"], loops["bare_draft"])
     return {
-        "side_by_side_ratio": round(step["done"] / loops["side_by_side"], 3),
-        "bare_scaling": round(loops["side_by_side"] / bare, 3),
-        "decode_ratio": round(step["done"] / bare, 3),
-        "submitted_ratio": round(step["submitted"] / bare, 3),
-        "step_images_per_s": {since: round(rate) for since, rate in step.items()},
-        "loop_images_per_s": {kind: round(rate) for kind, rate in loops.items()},
+        **{key: round(float(np.median([row[key] for row in rounds])), 3) for key in rounds[0]},
+        "rounds": [{key: round(value, 3) for key, value in row.items()} for row in rounds],
+        "alone_images_per_s": {kind: round(rate) for kind, rate in alone.items()},
     }
+
+
+def host_ticks() -> np.ndarray:
+    """Of all cores since the start: all, and those that the host gave to others."""
+    with Path("/proc/stat").open() as file:
+        ticks = [int(number) for number in file.readline().split()[1:9]]
+    return np.array([sum(ticks), ticks[7]])
 
 
 def step_rates(config: Config) -> dict[str, float]:
@@ -165,40 +198,24 @@ def step_rates(config: Config) -> dict[str, float]:
     return {"submitted": images / (last - submitted), "done": left / (last - first)}
 
 
-def loop_rates(jpegs: list[bytes]) -> dict[str, float]:
-    """Images a second of one process: Pillow alone, with and without draft, and our decoder."""
-    data = DataConfig(sources=("x",), resolution=RESOLUTION)
-    kinds = {
-        "bare_full": lambda content: bare_decode(content, draft=False),
-        "bare_draft": lambda content: bare_decode(content, draft=True),
-        "decode_image": lambda content: decode_image(content, data),
-    }
-    rates = {}
-    for name, decode in kinds.items():
-        chosen = jpegs[:LOOP_IMAGES]
-        started = time.monotonic()
-        for content in chosen:
-            decode(content)
-        rates[name] = len(chosen) / (time.monotonic() - started)
-    is_faster = rates["bare_draft"] > rates["bare_full"]
-    rates["side_by_side"] = side_by_side_rate(chosen, draft=is_faster)
-    return rates
+def loop_rate(jpegs: list[bytes], decode: Callable[[bytes], Any]) -> float:
+    """Images a second of one process."""
+    started = time.monotonic()
+    for content in jpegs:
+        decode(content)
+    return len(jpegs) / (time.monotonic() - started)
 
 
-def side_by_side_rate(jpegs: list[bytes], *, draft: bool) -> float:
+def side_by_side_rate(jpegs: list[bytes], decode: Callable[[bytes], Any]) -> float:
     """Images a second of as many bare loops as there are cores, together."""
     context = multiprocessing.get_context("fork")
-    cores = len(os.sched_getaffinity(0))
-    barrier, rates = context.Barrier(cores), context.SimpleQueue()
+    barrier, rates = context.Barrier(CORES), context.SimpleQueue()
 
     def loop() -> None:
         barrier.wait()
-        started = time.monotonic()
-        for content in jpegs:
-            bare_decode(content, draft=draft)
-        rates.put(len(jpegs) / (time.monotonic() - started))
+        rates.put(loop_rate(jpegs, decode))
 
-    processes = [context.Process(target=loop) for _ in range(cores)]
+    processes = [context.Process(target=loop) for _ in range(CORES)]
     for process in processes:
         process.start()
     found = [rates.get() for _ in processes]
