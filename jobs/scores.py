@@ -71,7 +71,8 @@ def _rows(score: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         meaning = f"with infinitely many samples, {found['level']:.0%}, reference {reference}"
         rows.append((found["metric"], value, meaning))
     if (found := score["kid"]) is not None:
-        rows.append((found["metric"], f"{found['value']:.4g} +- {found['error']:.2g}", ""))
+        value = f"{show_number(found['value'])} +- {show_number(found['error'])}"
+        rows.append((found["metric"], value, ""))
     if (found := score["inception_score"]) is not None:
         rows.append((found["metric"], f"{found['value']:.2f}", "higher is better"))
     if (found := score["precision_recall"]) is not None:

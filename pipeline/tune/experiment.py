@@ -16,6 +16,7 @@ from pipeline.errors import ClusterError, ConfigError, DataError, EvaluationErro
 from pipeline.features import SAMPLES_PER_FEATURE
 from pipeline.fid_validation import SPLIT, check_validation_count
 from pipeline.protocol import differences
+from pipeline.scores import show_number
 from pipeline.tune.proposer import Proposal, Proposer
 from pipeline.tune.records import SEED, Entry, Records, Result, Rung
 from pipeline.tune.scheduling import OnEnd, Source, concurrency, run_trials
@@ -385,7 +386,8 @@ def summarise(document: Mapping[str, Any]) -> str:
     means = {finalist["number"]: finalist for finalist in document["finalists"]}
     number, verdict = document["recommended"], document["verdict"]
     name = "the config as it is" if number == 0 else f"trial {number:04d}"
-    score = f"{document['metric']} {means[number]['mean']:.4g} ± {means[number]['std']:.2g}"
+    mean, std = (show_number(means[number][key]) for key in ("mean", "std"))
+    score = f"{document['metric']} {mean} ± {std}"
     if verdict["kind"] == "best":
         return f"best beyond the spread of {means[number]['count']} seeds: {name} ({score})"
     if verdict["kind"] == "unopposed":

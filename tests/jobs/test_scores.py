@@ -63,6 +63,11 @@ def test_a_score_stands_with_floor_ceiling_and_all_others() -> None:
     ]
 
 
+def test_a_large_score_is_written_out() -> None:
+    kid = {"metric": "kid[classifier]", "value": 5321.4, "error": 160.25}
+    assert "kid[classifier] 5321.40 +- 160.25\n" in printed(show_score, record(kid=kid))
+
+
 def test_what_was_not_computed_has_no_line() -> None:
     missing = ("ceiling", "unbiased", "kid", "inception_score", "precision_recall", "copies")
     assert printed(show_score, record(**dict.fromkeys(missing))).splitlines() == [
