@@ -6,10 +6,10 @@
   the first shard done to the last one done, over cores x the rate of a bare loop in one process
   that decodes and resizes the same JPEGs (256x256 to 64x64) from memory. The loop uses the fastest
   decoder that Pillow offers: libjpeg-turbo with a DCT-scaled draft, when that is faster than the
-  full decode. There are ROUNDS of the step with the loop before and after, whose mean counts; the
-  ratio is their median. On a shared host `rounds` tells what share of the cores it took away
-  meanwhile, which costs two processes more than one. `submitted_ratio` counts from the first
-  shard submitted, so with the second or so that Ray Data takes to start.
+  full decode. There are ROUNDS of the step with the loop before and after, whose mean counts, Ray
+  being idle meanwhile; the ratio is their median. On a shared host `rounds` tells what share of
+  the cores it took away, which costs two processes more than one. `submitted_ratio` counts from
+  the first shard submitted, so with the second or so that Ray Data takes to start.
 - `side_by_side_ratio`: the same over as many bare loops as there are cores at the same time, which
   share caches and memory as the workers do; `bare_scaling` says what that leaves of each loop.
 - `memory_growth`: the largest ratio, over the driver, Ray's daemons, the workers and the object

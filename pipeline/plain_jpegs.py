@@ -2,13 +2,18 @@
 
 Of an image of 256 x 256 that is a tenth of the time. A head that is taken says nothing but what
 every encoder writes: no orientation, no profile, one scan of all layers. The pixels are those of
-Pillow's `JpegImageFile`, for the same decoder makes them; whatever is unusual or damaged is left
-to it, and to the checks of `image_files.py`.
+Pillow's `JpegImageFile`, which would give the same decoder the same bytes at once; whatever is
+longer, unusual or damaged is left to it, and to the checks of `image_files.py`.
 """
 
 from typing import Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageFile
+
+# Pillow gives its decoder so much at once. How libjpeg reads damaged data depends on where a block
+# ends, and of a longer file the head is a small part anyway.
+MAX_BYTES = ImageFile.MAXBLOCK
+PIXELS_PER_BYTE = 128  # more are a lie or one colour: no room is made for them before they are read
 
 _QUANTISATION, _HUFFMAN, _RESTARTS, _COMMENT, _JFIF = 0xDB, 0xC4, 0xDD, 0xFE, 0xE0
 _BASELINE, _SCAN = 0xC0, 0xDA
@@ -25,17 +30,17 @@ class PlainHead(NamedTuple):
 
 def read_plain_head(content: bytes) -> PlainHead | None:
     """Reads the segments before the scan; None where any is unusual, or it is no JPEG."""
-    if not content.startswith(b"\xff\xd8\xff"):
+    if len(content) > MAX_BYTES or not content.startswith(b"\xff\xd8\xff"):
         return None
     head, start, end = None, 2, len(content)
     while start + 4 <= end and content[start] == 0xFF:
         marker = content[start + 1]
         body, size = start + 4, content[start + 2] << 8 | content[start + 3]
         start += 2 + size
-        if size < 2 or start > end:
+        if start > end:
             return None
         if marker == _SCAN:
-            return head if head is not None and _is_of_all_layers(content, body, head) else None
+            return head if head is not None and _is_plain(content, body, head) else None
         if marker == _BASELINE:
             if head is not None or (head := _read_frame(content, body, size)) is None:
                 return None
@@ -62,10 +67,13 @@ def _read_frame(content: bytes, body: int, size: int) -> PlainHead | None:
     return PlainHead((width, height), _MODES[layers])
 
 
-def _is_of_all_layers(content: bytes, body: int, head: PlainHead) -> bool:
-    """Whether the first scan holds all there is, so that no other follows."""
+def _is_plain(content: bytes, body: int, head: PlainHead) -> bool:
+    """Whether the first scan holds all layers, so that no other follows, and could all pixels."""
+    width, height = head.size
     layers = 1 if head.mode == "L" else 3
-    return content.startswith(bytes((0, 6 + 2 * layers, layers)), body - 2)
+    all_layers = bytes((0, 6 + 2 * layers, layers))
+    is_likely = width * height <= PIXELS_PER_BYTE * len(content)
+    return is_likely and content.startswith(all_layers, body - 2)
 
 
 def draft_scale(size: tuple[int, int], least: tuple[int, int]) -> int:
