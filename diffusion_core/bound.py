@@ -60,7 +60,7 @@ def variational_bound(
             of step 1 stands in, or beta where T = 1.
         class_labels: one for each sample.
         clip_x_start: clamp the predicted clean data to [-1, 1].
-        generator: the source of the noise, on x_start's device.
+        generator: the source of the noise, on any device: one of the CPU draws the same for all.
 
     Raises:
         ValueError: an unknown variance, or `learned` where the process has none.
@@ -76,9 +76,10 @@ def variational_bound(
     kl, decoder = torch.zeros_like(prior), torch.zeros_like(prior)
     for t in range(last, -1, -1):
         t_batch = torch.full((x_start.shape[0],), t, dtype=torch.int64, device=x_start.device)
+        place = x_start.device if generator is None else generator.device
         noise = torch.randn(
-            x_start.shape, generator=generator, device=x_start.device, dtype=x_start.dtype
-        )
+            x_start.shape, generator=generator, device=place, dtype=x_start.dtype
+        ).to(x_start.device)
         x_t = diffusion.q_sample(x_start, t_batch, noise)
         prediction, fraction = diffusion.predict_with_variance(
             model, x_t, t_batch, class_labels=class_labels, clip_x_start=clip_x_start

@@ -206,7 +206,8 @@ def sample_ddim(
         clip_x_start: clamp the predicted clean data to [-1, 1] at every step.
         class_labels: one for each sample, for a network with classes.
         guidance_scale: w in o_null + w (o_class - o_null); 1 is no guidance.
-        generator: the source of the noise when eta is above 0: one, or one for each image.
+        generator: the source of the noise when eta is above 0: one, or one for each image. On any
+            device; those of the CPU draw the same for all.
         on_step: called after each step with the number of steps taken and x.
 
     Returns:
@@ -350,7 +351,8 @@ def _draw_noise(x: Tensor, generator: Generators) -> Tensor:
     if generator is None:
         raise ValueError("This sampler adds noise and needs a generator. Pass generator=.")
     if isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+        return noise.to(x.device)
     if len(generator) != len(x):
         raise ValueError(
             f"generator must be one, or one for each of the {len(x)} images, got "

@@ -130,6 +130,7 @@ def _bits(config: Config, items: Any, diffusion: Any, counts: dict[int, int] | N
     """The variational bound of the first validation images, in bits per dimension."""
 
     @torch.no_grad()
+    @full_precision()
     def score(model: Any) -> tuple[float, bytes]:
         device = next(model.parameters()).device
         model.eval()
@@ -145,7 +146,7 @@ def _bits(config: Config, items: Any, diffusion: Any, counts: dict[int, int] | N
                 pixels.float() / 127.5 - 1,
                 class_labels=_labels(items, ids, process),
                 clip_x_start=config.evaluate.clip_x_start,
-                generator=torch.Generator(device=device).manual_seed(seed),
+                generator=torch.Generator().manual_seed(seed),  # the same noise on a GPU
             )
             total += float(bound.total.double().sum())
         if not np.isfinite(total):
