@@ -100,7 +100,7 @@ class TrainingViews:
         columns = _columns(num_classes)
         numbers = range(NUM_SAMPLES // columns * columns)
         labels = None if num_classes is None else torch.tensor(numbers) % num_classes
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             samples = sample_items(self._config, model, numbers, class_labels=labels)
         from pipeline.report.plots import draw_grid, draw_sequences  # matplotlib: only for these
 

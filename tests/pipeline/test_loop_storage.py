@@ -18,7 +18,7 @@ from pipeline import train as pipeline_train
 from pipeline.batches import BatchMaker
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, TrainingError
 from pipeline.loop import Hooks
 from pipeline.patience import Patience
 from pipeline.settings import Config, TrainConfig
@@ -390,3 +390,20 @@ def test_the_group_is_given_that_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with process_group(config):
         pass
     assert told == [timedelta(seconds=config.group_timeout_s)]
+
+
+@pytest.mark.parametrize(("backend", "ends"), [("gloo", 1), ("nccl", 0)])
+def test_a_rank_that_fails_does_not_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, backend: str, ends: int
+) -> None:
+    """To end its group NCCL waits for them, and they wait for this rank."""
+    ended: list[None] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(None))
+    with pytest.raises(TrainingError), process_group(TrainConfig(), backend):
+        raise TrainingError("of this rank")
+    assert len(ended) == ends
+    with process_group(TrainConfig(), backend):
+        pass
+    assert len(ended) == ends + 1
