@@ -234,7 +234,9 @@ def check_collectives(config: Config, facts: Mapping[Node, Facts]) -> str:
     return f"{backend} is there on {count_of(len(takes_workers), 'node')}"
 
 
-def check_gpus(config: Config, nodes: Sequence[Node], is_alone: bool, opens: bool) -> str:
+def check_gpus(
+    config: Config, nodes: Sequence[Node], is_alone: bool, opens: bool, wanted: Sequence[str]
+) -> str:
     """Whether torch sees the GPUs that Ray counts, and how their memory compares.
 
     Args:
@@ -242,6 +244,7 @@ def check_gpus(config: Config, nodes: Sequence[Node], is_alone: bool, opens: boo
         nodes: that are alive.
         is_alone: whether Ray runs on this machine for this process.
         opens: whether to open the GPUs of this machine, to learn their memory.
+        wanted: the settings that ask for them: train.use_gpu, evaluate.use_gpu.
 
     Raises:
         ClusterError: torch sees none on a node.
@@ -257,7 +260,7 @@ def check_gpus(config: Config, nodes: Sequence[Node], is_alone: bool, opens: boo
     else:
         asked = [node for node in nodes if node.gpus]
         answers = ask(asked, look_at_gpus, lambda node: (), num_gpus=1)
-    needed = bytes_in_training(config)
+    needed = bytes_in_training(config) if "train.use_gpu" in wanted else 0
     details, notes = [], []
     for node, answer in answers.items():
         if answer == BUSY:
@@ -268,7 +271,7 @@ def check_gpus(config: Config, nodes: Sequence[Node], is_alone: bool, opens: boo
             raise ClusterError(
                 f"torch sees no GPU on node {node.address}, where Ray counts {node.gpus}{why}. "
                 "Install the CUDA build of torch there (see the README) and a driver that fits "
-                "it, or set train.use_gpu = false."
+                f"it, or set {' and '.join(f'{name} = false' for name in wanted)}."
             )
         name, memory = answer[0]
         if memory is not None and memory < needed:

@@ -160,8 +160,13 @@ def on_cluster(
     yield _check("shared memory", check_shared_memory, config, facts, trains)
     if trains:
         yield _check("collectives", check_collectives, config, facts)
-    if trains and config.train.use_gpu:
-        yield _check("GPUs", check_gpus, config, nodes, is_alone, opens_gpus)
+    use_gpu = {
+        "train.use_gpu": trains and config.train.use_gpu,
+        "evaluate.use_gpu": draws and config.evaluate.use_gpu,
+    }
+    if any(use_gpu.values()):
+        wanted = [name for name, is_wanted in use_gpu.items() if is_wanted]
+        yield _check("GPUs", check_gpus, config, nodes, is_alone, opens_gpus, wanted)
 
 
 def _check(name: str, function: Callable[..., str], *args: Any) -> Check:

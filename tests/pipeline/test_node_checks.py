@@ -222,7 +222,18 @@ def test_gpus_that_torch_does_not_see_are_refused(
     node = replace(A, gpus=1)
     monkeypatch.setattr(node_checks, "ask", lambda *_, **__: {node: answer})
     with pytest.raises(ClusterError, match=message):
-        check_gpus(config(use_gpu=True), [node], False, True)
+        check_gpus(config(use_gpu=True), [node], False, True, ["train.use_gpu"])
+
+
+def test_gpus_that_only_draw_need_no_room_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, wanted = replace(A, gpus=1), ["evaluate.use_gpu"]
+    monkeypatch.setattr(node_checks, "ask", lambda *_, **__: {node: [("small", 1 << 20)]})
+    detail = check_gpus(config(), [node], False, True, wanted)
+    assert detail == "torch sees small of 1.0 MiB on node 10.0.0.1"
+    assert not isinstance(detail, Note)
+    monkeypatch.setattr(node_checks, "ask", lambda *_, **__: {node: []})
+    with pytest.raises(ClusterError, match=r"or set evaluate\.use_gpu = false\.$"):
+        check_gpus(config(), [node], False, True, wanted)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +249,7 @@ def test_gpus_are_named_and_compared(
 ) -> None:
     node = replace(A, gpus=1)
     monkeypatch.setattr(node_checks, "ask", lambda *_, **__: {node: answer})
-    detail = check_gpus(config(use_gpu=True), [node], False, True)
+    detail = check_gpus(config(use_gpu=True), [node], False, True, ["train.use_gpu"])
     assert expected in detail
     assert isinstance(detail, Note) == notes
 
@@ -248,4 +259,4 @@ def test_a_machine_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch, open
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ClusterError, match=r"torch sees no GPU on node 10\.0\.0\.1"):
-        check_gpus(config(use_gpu=True), [A], True, opens)
+        check_gpus(config(use_gpu=True), [A], True, opens, ["train.use_gpu"])
