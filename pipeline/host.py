@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -28,15 +27,20 @@ def keep_freed_memory() -> None:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Inside the block, GPUs multiply float32 in full, as CPUs do: for scores."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    name, value, places = "allow_tf32", False, (cudnn, matmul)
+    try:
+        before = [getattr(place, name) for place in places]
+    except RuntimeError:  # somebody has set one operator's precision: then it cannot be read
+        name, value, places = "fp32_precision", "ieee", (cudnn.conv, cudnn.rnn, matmul)
+        before = [getattr(place, name) for place in places]
+    for place in places:
+        setattr(place, name, value)
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for place, was in zip(places, before, strict=True):
+            setattr(place, name, was)
 
 
 @contextlib.contextmanager

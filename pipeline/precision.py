@@ -79,5 +79,10 @@ def _describe_environment(device: torch.device) -> dict[str, Any]:
         environment["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     else:
         environment["gpu"] = torch.cuda.get_device_name(device)
-        environment["tf32"] = torch.backends.cudnn.allow_tf32  # of float32 in convolutions
+        conv: Any = torch.backends.cudnn.conv  # pyright: ignore
+        products: Any = torch.backends.cuda.matmul
+        environment["tf32"] = {  # whether float32 is computed with fewer bits
+            "convolutions": conv.fp32_precision,
+            "products": products.fp32_precision,
+        }
     return environment

@@ -39,6 +39,22 @@ def test_full_precision_is_of_the_block() -> None:
     assert allowed() == before
 
 
+def test_full_precision_where_one_operator_was_given_its_own() -> None:
+    conv: Any = torch.backends.cudnn.conv  # pyright: ignore
+    matmul: Any = torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        with pytest.raises(RuntimeError):
+            assert torch.backends.cudnn.allow_tf32
+        with full_precision():
+            assert (conv.fp32_precision, matmul.fp32_precision) == ("ieee", "ieee")
+        assert (conv.fp32_precision, matmul.fp32_precision) == ("ieee", before[1])
+    finally:
+        conv.fp32_precision = before[0]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_threads_are_of_the_block() -> None:
     before = torch.get_num_threads()
     with torch_threads(before + 1):
