@@ -421,10 +421,12 @@ def flops_of_equals() -> dict[str, int]:
 
 def count_flops(network: nn.Module, shape: tuple[int, ...] = (1, RESOLUTION, RESOLUTION)) -> int:
     """Of a forward pass of one image."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     x, t = torch.randn(1, *shape), torch.zeros(1, dtype=torch.long)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    plain = sdpa_kernel(SDPBackend.MATH)  # not every version counts fused attention
+    with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
         network(x, t)
     return counter.get_total_flops()
 
