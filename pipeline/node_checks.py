@@ -283,6 +283,8 @@ def check_gpus(
         details.append(f"{name}{size} on node {node.address}")
     if notes:
         return Note("; ".join(notes))
+    if not details:  # which is told where GPUs are counted
+        return "no node has a GPU to look at"
     more = f" and {len(details) - 1} more nodes alike" if len(details) > 1 else ""
     return f"torch sees {details[0]}{more}"
 

@@ -234,6 +234,8 @@ def test_gpus_that_only_draw_need_no_room_for_training(monkeypatch: pytest.Monke
     monkeypatch.setattr(node_checks, "ask", lambda *_, **__: {node: []})
     with pytest.raises(ClusterError, match=r"or set evaluate\.use_gpu = false\.$"):
         check_gpus(config(), [node], False, True, wanted)
+    monkeypatch.setattr(node_checks, "ask", lambda nodes, *_, **__: dict.fromkeys(nodes))
+    assert check_gpus(config(), [A], False, True, wanted) == "no node has a GPU to look at"
 
 
 @pytest.mark.parametrize(

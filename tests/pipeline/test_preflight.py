@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline import preflight, probes
-from pipeline.cluster import connect, max_temp_length
+from pipeline.cluster import Node, connect, max_temp_length
 from pipeline.config import load_config
 from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.identities import InputFile
@@ -320,6 +321,23 @@ def test_a_node_that_is_gone_is_named(joined: Any, storage: Storage) -> None:
     gone = [replace(nodes[0], id="e" * 56, address="10.0.0.9")]
     with pytest.raises(ClusterError, match=r"^Node 10\.0\.0\.9 cannot run a task of this project"):
         require(on_cluster(config, storage, gone, trains=True, reads_input=False))
+
+
+def test_gpus_for_samples_alone_are_tried(
+    tiny_config: Path, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config, ["evaluate.use_gpu=true"])
+    node = Node(4, 1, "a", "127.0.0.1", object_store_bytes=1 << 30, temp=str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def checks_of(*, draws: bool) -> dict[str, Check]:
+        found = on_cluster(config, storage, [node], trains=False, reads_input=False, draws=draws)
+        return {check.name: check for check in found}
+
+    refused = checks_of(draws=True)["GPUs"]
+    assert refused.status == "failed"
+    assert "set evaluate.use_gpu = false" in refused.detail
+    assert "GPUs" not in checks_of(draws=False)
 
 
 def test_gpus_that_are_in_use_are_not_waited_for(joined: Any) -> None:
