@@ -81,8 +81,6 @@ def _describe_environment(device: torch.device) -> dict[str, Any]:
         environment["gpu"] = torch.cuda.get_device_name(device)
         conv: Any = torch.backends.cudnn.conv  # pyright: ignore
         products: Any = torch.backends.cuda.matmul
-        environment["tf32"] = {  # whether float32 is computed with fewer bits
-            "convolutions": conv.fp32_precision,
-            "products": products.fp32_precision,
-        }
+        environment["tf32"] = conv.fp32_precision == "tf32"  # of float32 in convolutions
+        environment["tf32_products"] = products.fp32_precision == "tf32"
     return environment
