@@ -224,7 +224,6 @@ def process_group(config: TrainConfig, backend: str = "gloo", **where: Any) -> I
         backend: gloo, or nccl on GPUs.
         **where: `rank`, `world_size`, and the `store` or the `init_method` by which ranks meet.
     """
-    import torch
     import torch.distributed as dist
 
     timeout = timedelta(seconds=config.group_timeout_s)
@@ -238,8 +237,6 @@ def process_group(config: TrainConfig, backend: str = "gloo", **where: Any) -> I
         # The replica is part of a cycle that holds the group's threads: were they still running
         # when the interpreter ends, the process would abort.
         gc.collect()
-        if backend == "nccl":
-            torch.cuda.empty_cache()  # rank 0 goes on, and tasks may need this GPU
         # NCCL would wait for the others, who wait for this rank: its end tells them.
         if backend != "nccl" or not has_failed:
             dist.destroy_process_group()
