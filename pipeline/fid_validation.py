@@ -21,6 +21,7 @@ from pipeline.dataset import class_counts, read_dataset
 from pipeline.drawing import iter_drawn
 from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors import load_extractor, score_name
+from pipeline.features import SAMPLES_PER_FEATURE
 from pipeline.fid_weights import step_of
 from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
@@ -91,7 +92,13 @@ class Scorer:
         config, inputs = context.config, context.inputs
         assert config.train.fid_every is not None
         num_features = inputs["features"]["metrics"]["num_features"]
-        check_validation_count(num_features, inputs["reference"]["metrics"]["counts"][SPLIT])
+        check_few(
+            num_features,
+            inputs["reference"]["metrics"]["counts"][SPLIT],
+            config.train.fid_samples,
+            wanted_by="train.fid_every",
+            samples="train.fid_samples",
+        )
         self._context, self._every = context, config.train.fid_every
         self._storage = context.storage
         self._task: Task = task or RayTask()
@@ -349,21 +356,30 @@ def score_weights(
     return {"value": value, "seconds": time.monotonic() - started}
 
 
-def check_validation_count(num_features: int, count: int, who: str = "train.fid_every") -> None:
-    """Refuses a score whose reference would be thin.
+def check_few(
+    num_features: int, num_images: int, num_samples: int, *, wanted_by: str, samples: str
+) -> None:
+    """Refuses a score whose reference would be thin, or of few samples.
 
     Args:
         num_features: of the extractor.
-        count: of validation images.
-        who: the setting that wants the score.
+        num_images: in the validation split.
+        num_samples: that are scored.
+        wanted_by: the setting that wants the score.
+        samples: the setting that says how many samples.
 
     Raises:
-        DataError: fewer validation images than 10 times the feature width.
+        DataError: fewer validation images or samples than 10 times the feature width.
     """
-    needed = 10 * num_features
-    if count < needed:
+    needed = SAMPLES_PER_FEATURE * num_features
+    if num_images < needed:
         raise DataError(
-            f"{who} needs 10 x features.width = {needed} validation images as its "
-            f"reference, and there are {count}. Raise data.validation_fraction, lower "
-            f"features.width, or leave out {who}."
+            f"{wanted_by} needs {SAMPLES_PER_FEATURE} x features.width = {needed} validation "
+            f"images as its reference, and there are {num_images}. Raise data.validation_fraction, "
+            f"lower features.width, or leave out {wanted_by}."
+        )
+    if num_samples < needed:
+        raise DataError(
+            f"{samples} must be at least {SAMPLES_PER_FEATURE} x features.width = {needed}, got "
+            f"{num_samples}. Raise it or make the features narrower."
         )

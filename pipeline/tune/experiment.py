@@ -13,8 +13,7 @@ from typing import Any
 
 from pipeline.cluster import connect
 from pipeline.errors import ClusterError, ConfigError, DataError, EvaluationError, TrainingError
-from pipeline.features import SAMPLES_PER_FEATURE
-from pipeline.fid_validation import SPLIT, check_validation_count
+from pipeline.fid_validation import SPLIT, check_few
 from pipeline.protocol import differences
 from pipeline.scores import show_number
 from pipeline.tune.proposer import Proposal, Proposer
@@ -369,12 +368,13 @@ def _check_counts(context: StepContext) -> None:
             )
         return
     num_features = context.inputs["features"]["metrics"]["num_features"]
-    check_validation_count(num_features, counts[SPLIT], "tune.metric = fid")
-    if num_samples < SAMPLES_PER_FEATURE * num_features:
-        raise DataError(
-            f"A score in {num_features:,} features needs {SAMPLES_PER_FEATURE * num_features:,} "
-            f"samples, and tune.num_samples is {num_samples:,}. Raise it, or take fewer features."
-        )
+    check_few(
+        num_features,
+        counts[SPLIT],
+        num_samples,
+        wanted_by="tune.metric = fid",
+        samples="tune.num_samples",
+    )
 
 
 def _next_of(entries: list[Entry]) -> Entry | None:

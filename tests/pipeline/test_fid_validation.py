@@ -369,3 +369,12 @@ def test_a_thin_reference_is_refused(tmp_path: Path, tiny_config: Path) -> None:
     )
     with pytest.raises(DataError, match=message):
         Training(tmp_path / "root", tiny_config, num_features=7)
+
+
+def test_samples_fewer_than_the_width_needs_are_refused_when_it_is_known(
+    tmp_path: Path, tiny_config: Path
+) -> None:
+    few = ("features.width=2", "train.fid_samples=39")  # as where the config does not say the width
+    message = r"train\.fid_samples must be at least 10 x features\.width = 40, got 39"
+    with pytest.raises(DataError, match=message):
+        Training(tmp_path / "root", tiny_config, *few)
