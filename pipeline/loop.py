@@ -146,7 +146,7 @@ class _Training:
         self.meter = Meter(diffusion.num_train_timesteps, self.device)
         self.patience = Patience(config.storage_patience_s)
         self.writer = CheckpointWriter(store, self.patience)
-        self.step, self.num_rewinds = 0, 0
+        self.step, self.first_step, self.num_rewinds = 0, 0, 0
         self.ask_every, self.is_asked_to_save = 1, False
         self.is_ended = False  # before its last step, by who watches it
         self.begun: Checkpoint | None = None  # the state to go back to before there is another
@@ -183,7 +183,7 @@ class _Training:
 
     def _resume(self) -> None:
         """From the latest checkpoint, if there is one."""
-        checkpoint = self._load_latest()
+        checkpoint = self._load_latest(self.config.num_steps)
         if checkpoint is None:
             self._refuse_damaged()
             self.begun = copy_to_host(self._state())
@@ -230,17 +230,16 @@ class _Training:
                     before[name],
                 )
 
-    def _load_latest(self) -> Checkpoint | None:
-        """The latest checkpoint on every rank; rank 0 says which, so that all agree."""
+    def _load_latest(self, max_step: int) -> Checkpoint | None:
+        """The latest checkpoint up to a step on every rank; rank 0 says which: so all agree."""
         checkpoint = None
         if self.rank == 0:
-            num_steps = self.config.num_steps
             try:
                 checkpoint = self.patience.until_done(
-                    lambda: self.store.load_latest(num_steps), "The latest checkpoint is not read"
+                    lambda: self._look_for(max_step), "The latest checkpoint is not read"
                 )
             except StorageError:  # it may be this one alone
-                checkpoint = self.store.load_latest(num_steps, passes_over_unreadable=True)
+                checkpoint = self._look_for(max_step, passes_over_unreadable=True)
         if self.world_size == 1:
             return checkpoint
         chosen = [checkpoint.global_step if checkpoint else -1]
@@ -255,6 +254,18 @@ class _Training:
                     "read. Set storage.root to a place that every node of the cluster shares."
                 )
         return checkpoint
+
+    def _look_for(
+        self, max_step: int, *, passes_over_unreadable: bool = False
+    ) -> Checkpoint | None:
+        found = self.store.load_latest(max_step, passes_over_unreadable=passes_over_unreadable)
+        has_some = self.num_saved > 0 or self.first_step > 0  # saved here, or resumed from
+        if found is None and has_some and not self.store.steps():  # as where nothing is mounted
+            raise StorageError(
+                f"The checkpoints below {self.store.directory} are gone while training goes on. "
+                "See that storage.root is mounted, and run the same command again."
+            )
+        return found
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was, but which batches are skipped."""
@@ -285,7 +296,8 @@ class _Training:
             )
         self.skipped.append(number)
         self.writer.wait()
-        if (checkpoint := self._load_latest() or self.begun) is None:
+        # Not beyond this step: one that could not be read before knows of other skipped batches.
+        if (checkpoint := self._load_latest(self.step) or self.begun) is None:
             raise StorageError(
                 f"{fault}, and no checkpoint below {self.store.directory} can be read to go back "
                 "to. See what damaged them, delete them and run the same command again."

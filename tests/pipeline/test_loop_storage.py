@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -407,3 +408,72 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(
     with process_group(TrainConfig(), backend):
         pass
     assert len(ended) == ends + 1
+
+
+class FlakyStorage(LocalStorage):
+    """Does not give back the checkpoint of one step the first times that it is asked."""
+
+    def __init__(self, uri: str, step: int, times: int) -> None:
+        super().__init__(uri)
+        self.name, self.times_left = f"{step:09d}/", times
+
+    def read(self, path: str) -> bytes:
+        if self.name in path and self.times_left:
+            self.times_left -= 1
+            raise StorageError("Reset by peer. Try again.")
+        return super().read(path)
+
+
+def test_a_rewind_goes_back_though_a_later_checkpoint_can_be_read_again(
+    train: Callable[..., CheckpointStore],
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BatchMaker, "make", poisoned(BatchMaker.make, {9, 12}))
+    settings = {"keep_every": 8, "max_rewinds": 4, "storage_patience_s": 0}
+    expected = train("expected", **settings)
+    root = tmp_path / "root"
+    shutil.copytree(root / "expected", root / "killed")
+    shutil.rmtree(next((root / "killed" / "checkpoints").glob(f"*{STEPS}")))
+    storage = FlakyStorage(str(root), step=16, times=2)
+    train_in_process(settings_of(config, **settings), storage, "killed", data)
+    assert not storage.times_left
+    resumed = load(CheckpointStore(storage, "killed"))
+    assert (list(resumed.skipped), resumed.num_rewinds) == ([9, 12], 2)
+    assert_same_to_the_bit(resumed, load(expected))
+
+
+def test_a_root_that_is_gone_at_a_rewind_is_waited_for(
+    train: Callable[..., CheckpointStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unmounted directory looks like one without checkpoints."""
+    root, away = tmp_path / "root", tmp_path / "away"
+    make = poisoned(BatchMaker.make, {11})
+    monkeypatch.setattr(BatchMaker, "make", make)
+    expected = load(train("expected"))
+    unmounted: list[str] = []
+
+    def unmount(self: BatchMaker, number: int, num_rewinds: int) -> Any:
+        if number == 11 and directory not in unmounted:
+            deadline = time.monotonic() + 60
+            while not CheckpointStore(LocalStorage(str(root)), directory).steps():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)  # until the first checkpoint is written
+            root.rename(away)
+            unmounted.append(directory)
+        return make(self, number, num_rewinds)
+
+    def mount(_: float) -> None:
+        assert not root.exists()
+        away.rename(root)
+
+    monkeypatch.setattr(BatchMaker, "make", unmount)
+    monkeypatch.setattr(loop, "Patience", partial(Patience, sleep=mount))
+    directory = "waits"
+    assert_same_to_the_bit(load(train(directory)), expected)
+    directory = "ends"
+    with pytest.raises(StorageError, match="are gone while training goes on"):
+        train(directory, storage_patience_s=0)
+    assert unmounted == ["waits", "ends"]
