@@ -22,7 +22,7 @@ from pipeline.drawing import iter_drawn
 from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors import load_extractor, score_name
 from pipeline.features import SAMPLES_PER_FEATURE
-from pipeline.fid_weights import step_of
+from pipeline.fid_weights import list_named, step_of
 from pipeline.host import keep_freed_memory, torch_threads
 from pipeline.models import make_diffusion, make_unet
 from pipeline.protocol import make_protocol
@@ -146,7 +146,7 @@ class Scorer:
         with contextlib.suppress(Exception):  # Ray may be gone already, or the storage
             if self._running is not None:
                 self._task.cancel()
-            for name in self._storage.list(f"{self.directory}/weights") if self._is_done else []:
+            for name in self._list("weights") if self._is_done else []:
                 self._context.note(
                     f"the FID at step {step_of(name):,} took too long and is left out"
                 )
@@ -194,9 +194,7 @@ class Scorer:
 
     def rows(self) -> list[Row]:
         """The scores up to where training is, by step."""
-        names = [
-            name.removesuffix(".json") for name in self._storage.list(f"{self.directory}/scores")
-        ]
+        names = [name.removesuffix(".json") for name in self._list("scores")]
         for name in names:
             if name not in self._kept:
                 with contextlib.suppress(FileNotFoundError):  # dropped just now
@@ -210,14 +208,17 @@ class Scorer:
         if (first_step := self._first_step) is None:
             return
         for kind in ("weights", "scores"):
-            for name in self._storage.list(f"{self.directory}/{kind}"):
+            for name in self._list(kind):
                 if (step := step_of(name)) > first_step and step % self._every:
                     self._storage.delete(f"{self.directory}/{kind}/{name}")
         self._first_step = None  # once for each process that trains
 
+    def _list(self, kind: str) -> list[str]:
+        return list_named(self._storage, f"{self.directory}/{kind}")
+
     def _send_next(self) -> None:
         self._running = None
-        for file in self._storage.list(f"{self.directory}/weights"):
+        for file in self._list("weights"):
             name, path = file.removesuffix(".safetensors"), f"{self.directory}/weights/{file}"
             if self._storage.exists(f"{self.directory}/scores/{name}.json"):
                 self._storage.delete(path)  # the driver was killed between the two

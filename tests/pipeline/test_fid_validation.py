@@ -378,3 +378,57 @@ def test_samples_fewer_than_the_width_needs_are_refused_when_it_is_known(
     message = r"train\.fid_samples must be at least 10 x features\.width = 40, got 39"
     with pytest.raises(DataError, match=message):
         Training(tmp_path / "root", tiny_config, *few)
+
+
+@pytest.mark.parametrize("hindrance", ["the storage fails", "the weights before are on their way"])
+def test_a_score_of_other_weights_goes_though_there_was_a_hindrance(
+    training: Training, monkeypatch: pytest.MonkeyPatch, hindrance: str
+) -> None:
+    storage, directory = training.storage, training.directory
+    storage.create(f"{directory}/scores/000000010-abandoned.json", b"{}")
+    handover = WeightsHandover(storage, directory)
+    model = make_network(training.config, 10)
+    if hindrance == "the storage fails":
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStorage, "list", raise_error(StorageError("Away. Wait.")))
+            handover.hand_over(10, model)
+            handover._pool.submit(lambda: None).result()
+    else:
+        is_there = threading.Event()
+
+        def wait() -> None:
+            is_there.wait(60)
+
+        handover._writing = handover._pool.submit(wait)
+        handover.hand_over(10, model)
+        is_there.set()
+    assert training.files("scores") == ["000000010-abandoned.json"]
+    handover.close()
+    assert training.files("scores") == []
+
+
+def test_a_score_that_could_not_be_dropped_is_told(
+    training: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handover = WeightsHandover(training.storage, training.directory)
+    monkeypatch.setattr(LocalStorage, "list", raise_error(StorageError("Away. Wait.")))
+    handover.hand_over(10, make_network(training.config, 10))
+    handover.close()
+    assert "The FID at step 10 may be of other weights: Away." in caplog.text
+
+
+def test_what_a_file_browser_leaves_is_no_weights(training: Training) -> None:
+    stray = [f"{training.directory}/{kind}/.DS_Store" for kind in ("weights", "scores")]
+    for path in stray:
+        training.storage.create(path, b"")
+    training.scorer.begin(0)
+    training.pass_by(10)
+    assert [row["global_step"] for row in training.scorer.rows()] == [10]
+    assert all(training.storage.exists(path) for path in stray)
+
+
+def raise_error(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
