@@ -197,7 +197,7 @@ def _make_scheduler(config: Config, rungs: Sequence[int], replayed: Mapping[str,
     for name, result in replayed.items():  # with what is known of trials of an earlier process
         past: Any = _Past(name)
         scheduler.on_trial_add(None, past)  # pyright: ignore[reportArgumentType]
-        for rung in result.rungs if result.outcome != "failed" else ():
+        for rung in result.rungs:  # of failed ones as well, which Ray keeps while it runs
             seen = {IMAGES: rung.images_seen, SCORE: rung.value}
             scheduler.on_trial_result(None, past, seen)  # pyright: ignore[reportArgumentType]
     return scheduler

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import ClusterError, EvaluationError
+from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.loop import Hooks
+from pipeline.patience import Patience
 from pipeline.ray_train import fit_workers
 from pipeline.settings import Config
 from pipeline.storage import Storage, open_storage
@@ -71,23 +72,32 @@ def train_with_workers(
         except BaseException as error:  # raised where the trial is
             failures.append(error)
 
+    patience = Patience(config.train.storage_patience_s)
+
+    def decide(step: int, *, goes_on: bool) -> None:
+        patience.until_done(
+            lambda: _decide(storage, directory, step, goes_on=goes_on), "A verdict is not written"
+        )
+
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     try:
         while thread.is_alive():
             thread.join(LOOK_EVERY_S)
-            for rung in store.rungs():
+            for rung in patience.until_done(store.rungs, "The trial's scores are not read"):
                 if rung.step in rungs and rung.step not in told:
                     told.add(rung.step)
                     on_score(rung)
-                    _decide(storage, directory, rung.step, goes_on=True)
+                    decide(rung.step, goes_on=True)
     except BaseException:
-        for step in rungs:  # also one that is being scored just now
-            _decide(storage, directory, step, goes_on=False)
+        with contextlib.suppress(StorageError):  # then the workers end with the storage's error
+            for step in rungs:  # also one that is being scored just now
+                decide(step, goes_on=False)
         thread.join()
         raise
     finally:
-        storage.delete(f"{directory}/verdicts")
+        with contextlib.suppress(StorageError):  # the next attempt deletes them first
+            storage.delete(f"{directory}/verdicts")
     if failures:
         raise failures[0]
 
@@ -104,9 +114,12 @@ def train_rank(
     config, rungs = Config.model_validate_json(settings["config"]), settings["rungs"]
     inputs = json.loads(settings["inputs"])
 
+    patience = Patience(config.train.storage_patience_s)
+
     def goes_on(step: int) -> bool:
+        path = f"{directory}/verdicts/{step:09d}.json"
         while step in rungs:
-            verdict = read_json(storage, f"{directory}/verdicts/{step:09d}.json")
+            verdict = patience.until_done(lambda: read_json(storage, path), "A verdict is not read")
             if verdict is not None:
                 if (error := verdict.get("error")) is not None:
                     raise EvaluationError(error)

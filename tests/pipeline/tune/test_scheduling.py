@@ -60,11 +60,22 @@ def test_what_has_passed_a_rung_is_not_judged_there_again(tiny_config: Path) -> 
 def test_trials_of_an_earlier_process_are_compared_with(tiny_config: Path) -> None:
     past = {
         "0001": Result("finished", [rung(10, 1.0), rung(30, 0.9), rung(90, 0.8)], 1.0),
-        "0002": Result("failed", [rung(10, 0.0)], 1.0, "the loss was not finite"),
     }
     assert judge(scheduler(tiny_config), "0003", 10, 5.0) == "CONTINUE"
     assert judge(scheduler(tiny_config, past), "0003", 10, 5.0) == "STOP"
     assert judge(scheduler(tiny_config, past), "0003", 10, 0.5) == "CONTINUE"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(4.0, "STOP"), (0.5, "CONTINUE")])
+def test_what_a_trial_scored_before_it_failed_counts_after_a_kill_as_it_did_before(
+    tiny_config: Path, value: float, verdict: str
+) -> None:
+    failed = Result("failed", [rung(10, 1.0)], 1.0, "the loss was not finite")
+    whole, resumed = scheduler(tiny_config), scheduler(tiny_config, {"0001": failed})
+    judge(whole, "0001", 10, 1.0)
+    for judged in (whole, resumed):
+        judge(judged, "0002", 10, 5.0)
+        assert judge(judged, "0003", 10, value) == verdict
 
 
 class Watched:

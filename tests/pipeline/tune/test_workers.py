@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from pipeline.config import load_config
-from pipeline.errors import ClusterError, EvaluationError
+from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.loop import Hooks
+from pipeline.settings import Config
 from pipeline.storage import LocalStorage
 from pipeline.tune import workers
+from pipeline.tune.records import Rung, TrialStore
 
 RUNG = 4
 
@@ -75,3 +78,54 @@ def test_a_node_that_cannot_score_is_no_verdict_on_the_trial(
     monkeypatch.setattr(workers, "open_score", fail)
     with pytest.raises(ClusterError, match="differs between nodes"):
         workers.train_rank(settings, 0, 2, torch.device("cpu"), lambda: False)
+
+
+def test_a_storage_that_fails_once_ends_no_trial(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(str(tmp_path))
+    rung = Rung(RUNG, 64, 1.0, 2.0, 3.0)
+    failures = [StorageError("Away. Wait.")]
+    verdicts: list[bool] = []
+
+    def rungs(store: TrialStore) -> list[Rung]:
+        if failures:
+            raise failures.pop()
+        return [rung]
+
+    def fit(*_: Any) -> None:
+        while not storage.exists(f"trial/verdicts/{RUNG:09d}.json"):
+            time.sleep(0.01)
+        verdicts.append(json.loads(storage.read(f"trial/verdicts/{RUNG:09d}.json"))["goes_on"])
+
+    monkeypatch.setattr(TrialStore, "rungs", rungs)
+    monkeypatch.setattr(workers, "fit_workers", fit)
+    told: list[Rung] = []
+    config = Config.model_validate_json(settings["config"])
+    workers.train_with_workers(config, storage, {}, "trial", [RUNG], [], told.append)
+    assert (told, verdicts, failures) == ([rung], [True], [])
+
+
+def test_workers_end_before_the_trial_does_though_no_verdict_can_be_written(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_ended = threading.Event()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise StorageError("Away. Wait.")
+
+    def fit(*_: Any) -> None:
+        time.sleep(0.5)
+        is_ended.set()
+
+    monkeypatch.setattr(TrialStore, "rungs", fail)
+    monkeypatch.setattr(workers, "_decide", fail)
+    monkeypatch.setattr(workers, "fit_workers", fit)
+    config = Config.model_validate_json(settings["config"])
+    train = config.train.model_copy(update={"storage_patience_s": 0})
+    config = config.model_copy(update={"train": train})
+    with pytest.raises(StorageError):
+        workers.train_with_workers(
+            config, LocalStorage(str(tmp_path)), {}, "trial", [RUNG], [], lambda rung: None
+        )
+    assert is_ended.is_set()
