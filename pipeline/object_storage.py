@@ -54,7 +54,11 @@ class ObjectStorage:
     def exists(self, path: str) -> bool:
         with as_storage_error("look for", self._path(path)):
             self._filesystem.invalidate_cache()
-            return self._filesystem.exists(self._path(path))
+            try:
+                self._filesystem.info(self._path(path))  # fsspec's `exists` says no to any error
+            except FileNotFoundError:
+                return False
+            return True
 
     def list(self, directory: str) -> list[str]:
         with as_storage_error("list", self._path(directory)):

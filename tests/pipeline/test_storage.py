@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import s3fs
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import object_storage
 from pipeline.errors import StorageError
@@ -246,3 +247,20 @@ def test_clean_leaves_an_object_store_as_it_is(make_storage: Callable[[], Storag
     storage.replace("d/x", b"1")
     storage.clean("d")
     assert storage.list("d") == ["x"]
+
+
+def test_a_file_system_that_fails_is_not_one_without_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of SSH, whose `exists` is fsspec's own."""
+
+    def fail(*_: object, **__: object) -> object:
+        raise OSError("Socket is closed")
+
+    storage = open_storage("memory://fails")
+    assert not storage.exists("a")
+    storage.create("a", b"1")
+    assert storage.exists("a")
+    monkeypatch.setattr(MemoryFileSystem, "info", fail)
+    with pytest.raises(StorageError, match="Cannot look for memory://fails/a: Socket is closed"):
+        storage.exists("a")
