@@ -8,6 +8,7 @@ when it cannot be.
 import contextlib
 import json
 import logging
+import math
 import socket
 import struct
 import threading
@@ -49,7 +50,7 @@ class TrainingViews:
 
     def __init__(self, config: Config, storage: Storage, directory: str, started: float) -> None:
         self._config, self._storage, self._directory = config, storage, directory
-        self._started, self._told_at = started, 0.0
+        self._started, self._told_at = started, -math.inf
         self._first_step_s: float | None = None
         self._notes = _CollectedWarnings()
         logging.getLogger("pipeline").addHandler(self._notes)
@@ -73,9 +74,9 @@ class TrainingViews:
         self._board.add(row["global_step"], _scalars(row))
         if self._first_step_s is None:
             self._first_step_s = now - row["wall_s"] - self._started
-        if now - self._told_at < PROGRESS_EVERY_S and not is_last:
+        if time.monotonic() - self._told_at < PROGRESS_EVERY_S and not is_last:
             return
-        self._told_at = now
+        self._told_at = time.monotonic()
         left = self._config.train.num_steps - row["global_step"]
         document = row | {
             "num_steps": self._config.train.num_steps,
@@ -184,7 +185,7 @@ class TensorBoard:
         self._put, self._is_local = put, isinstance(storage, LocalStorage)
         self._lock = threading.Lock()  # of the content
         self._content = bytearray()  # not written yet; of a remote file all of it
-        self._num_written, self._written_at = 0, 0.0
+        self._num_written, self._written_at = 0, -math.inf
         self._last_step = purge_step - 1
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._purge(purge_step)
@@ -197,12 +198,12 @@ class TensorBoard:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         every_s = WRITE_EVERY_S if self._is_local else UPLOAD_EVERY_S
-        if time.time() - self._written_at > every_s:
+        if time.monotonic() - self._written_at > every_s:
             self.flush()
 
     def flush(self) -> None:
         """Has all that was added written, unless the storage is away."""
-        self._written_at = time.time()
+        self._written_at = time.monotonic()
         self._put(self._path, self._grow if self._is_local else self._upload)
 
     def _grow(self) -> None:

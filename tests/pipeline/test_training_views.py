@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -239,3 +240,16 @@ def test_events_that_training_comes_by_again_replace_those_before(
     starts = [event.step for event in events if event.HasField("session_log")]
     assert starts == expected
     assert [event.step for event in events if event.HasField("summary")] == list(steps)
+
+
+def test_a_clock_that_is_set_back_holds_up_no_progress(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training_views.PROGRESS_EVERY_S", 0.0)
+    config = load_config(tiny_config, ["train.num_steps=9"])
+    with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
+        views.on_row(ROW | {"global_step": 1}, 0)
+        an_hour_ago = time.time() - 3600
+        monkeypatch.setattr(time, "time", lambda: an_hour_ago)
+        views.on_row(ROW | {"global_step": 2}, 0)
+    assert json.loads((tmp_path / "t" / "progress.json").read_text())["global_step"] == 2
