@@ -2,7 +2,7 @@
 #
 #   make demo      train on examples/digits and write a report
 #   make test      lint, types and tests, about a quarter of an hour
-#   make test-all  also the tests marked slow
+#   make test-all  also the tests marked slow, about an hour in all
 #
 # PYTHON     the interpreter to make .venv with (3.11)
 # PIP_FLAGS  passed to pip, for example an index with another build of torch (see README.md)
