@@ -246,26 +246,29 @@ class _Training:
         dist.broadcast_object_list(chosen, src=0)
         if self.rank != 0 and chosen[0] >= 0:
             checkpoint = self.patience.until_done(
-                lambda: self.store.load(chosen[0]), "The latest checkpoint is not read"
+                lambda: self._load_chosen(chosen[0]), "The latest checkpoint is not read"
             )
-            if checkpoint is None:
-                raise StorageError(
-                    f"Rank {self.rank} cannot read the checkpoint at step {chosen[0]} that rank 0 "
-                    "read. Set storage.root to a place that every node of the cluster shares."
-                )
         return checkpoint
 
     def _look_for(
         self, max_step: int, *, passes_over_unreadable: bool = False
     ) -> Checkpoint | None:
-        found = self.store.load_latest(max_step, passes_over_unreadable=passes_over_unreadable)
         has_some = self.num_saved > 0 or self.first_step > 0  # saved here, or resumed from
-        if found is None and has_some and not self.store.steps():  # as where nothing is mounted
+        if has_some and not self.store.steps():  # as where nothing is mounted
             raise StorageError(
                 f"The checkpoints below {self.store.directory} are gone while training goes on. "
                 "See that storage.root is mounted, and run the same command again."
             )
-        return found
+        return self.store.load_latest(max_step, passes_over_unreadable=passes_over_unreadable)
+
+    def _load_chosen(self, step: int) -> Checkpoint:
+        """What rank 0 has read."""
+        if (checkpoint := self.store.load(step)) is None:
+            raise StorageError(
+                f"Rank {self.rank} cannot read the checkpoint at step {step} that rank 0 read. Set "
+                "storage.root to a place that every node of the cluster shares."
+            )
+        return checkpoint
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was, but which batches are skipped."""

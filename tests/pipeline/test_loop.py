@@ -273,9 +273,9 @@ def test_reading_a_checkpoint_to_go_back_to_is_no_wait_for_data(
         now[0] += 1
         return now[0]
 
-    def load_slowly(self: CheckpointStore, max_step: int) -> Checkpoint | None:
+    def load_slowly(self: CheckpointStore, *args: Any, **options: Any) -> Checkpoint | None:
         now[0] += 1e6
-        return load_latest(self, max_step)
+        return load_latest(self, *args, **options)
 
     monkeypatch.setattr("pipeline.loop.Stopwatch", lambda: Stopwatch(tick))
     monkeypatch.setattr(CheckpointStore, "load_latest", load_slowly)
