@@ -230,14 +230,16 @@ class Scorer:
             return
 
     def _collect(self) -> None:
+        """Keeps what was scored; what the storage refuses is done again at the next look."""
         assert self._running is not None
-        name, self._running = self._running, None
+        name = self._running
         step, path = step_of(name), f"{self.directory}/weights/{name}.safetensors"
         try:
             found = self._task.result()
         except Exception as error:  # of the task or of Ray
             first = (str(error).strip().splitlines() or [repr(error)])[0]
             self._context.note(f"the FID at step {step:,} failed, training goes on: {first}")
+            self._running = None
             self._storage.delete(path)
             return
         row = {"global_step": step, "metric": self.metric, **found, "protocol": self.protocol}
@@ -245,7 +247,9 @@ class Scorer:
         self._storage.create(record, json.dumps(row).encode())
         if not self._storage.exists(path):  # training went back and came by other weights
             self._storage.delete(record)
+            self._running = None
             return
+        self._running = None
         self._storage.delete(path)
         self._context.note(
             f"{self.metric} {row['value']:.2f} at step {step:,} ({self.protocol['num_samples']:,} "

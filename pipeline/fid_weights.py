@@ -37,15 +37,22 @@ class WeightsHandover:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fid")
         self._writing: Future[None] | None = None
         self._passed: dict[int, str] = {}  # name by step, where others are still to be dropped
+        self._seen: set[int] | None = None  # steps with weights or scores, when last listed
+        self._last_step = 0  # of weights that were taken
         self._skips = False
 
     def hand_over(self, step: int, model: nn.Module) -> None:
         """Takes a copy of the weights after so many steps and writes it on a thread."""
-        weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
-        if self._writing is not None and not self._writing.done():
-            self._passed[step] = _name(step, to_safetensors(weights))
+        is_busy = self._writing is not None and not self._writing.done()
+        if is_busy:
             self._skip(step, "the weights before it are still being written")
+            if self._seen is not None and step not in self._seen and step != self._last_step:
+                return  # there is nothing of other weights
+        weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+        if is_busy:
+            self._passed[step] = _name(step, to_safetensors(weights))
             return
+        self._last_step = step
         self._writing = self._pool.submit(self._leave, step, weights)
 
     def close(self) -> None:
@@ -73,12 +80,14 @@ class WeightsHandover:
 
     def _drop_others(self) -> None:
         """Deletes what other weights left at the steps that training came by since it last did."""
-        passed = dict(self._passed)
+        passed, seen = dict(self._passed), set[int]()
         for kind in ("weights", "scores") if passed else ():  # the driver's order: score, weights
             for other in self._list(kind):
+                seen.add(step_of(other))
                 name = passed.get(step_of(other))
                 if name is not None and not other.startswith(name):
                     self._storage.delete(f"{self._directory}/{kind}/{other}")
+        self._seen = seen
         for step, name in passed.items():
             if self._passed[step] == name:  # training has not come by other ones meanwhile
                 del self._passed[step]

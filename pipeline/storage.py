@@ -189,7 +189,8 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:
         target = self._path(path)
-        with as_storage_error("delete", target), contextlib.suppress(FileNotFoundError):
+        gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)  # or below a file
+        with as_storage_error("delete", target), gone:
             if target.is_dir():
                 import shutil
 

@@ -407,6 +407,27 @@ def test_a_score_of_other_weights_goes_though_there_was_a_hindrance(
     assert training.files("scores") == []
 
 
+def test_what_the_storage_refused_as_a_score_came_is_done_again(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.hand_over(10, seed=0)
+    training.scorer.reach(10)
+    training.scorer.look()
+    found = training.task.result()
+    training.hand_over(10, seed=1)  # training went back: the score to come is of other weights
+    with monkeypatch.context() as patch:
+        patch.setattr(training.task, "result", lambda: found)
+        patch.setattr(LocalStorage, "exists", raise_error(StorageError("Away. Wait.")))
+        training.scorer.look()
+        patch.undo()
+        patch.setattr(training.task, "result", lambda: found)
+        assert len(training.files("scores")) == 1
+        training.scorer.look()
+    assert training.files("scores") == []
+    training.scorer.look()
+    assert [row["global_step"] for row in training.scorer.rows()] == [10]
+
+
 def test_a_score_that_could_not_be_dropped_is_told(
     training: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -425,6 +446,8 @@ def test_what_a_file_browser_leaves_is_no_weights(training: Training) -> None:
     training.pass_by(10)
     assert [row["global_step"] for row in training.scorer.rows()] == [10]
     assert all(training.storage.exists(path) for path in stray)
+    training.storage.create(f"{training.context.series_directory}/fid/.DS_Store", b"")
+    assert [row["global_step"] for row in Scorer(training.context, training.task).rows()] == []
 
 
 def raise_error(error: Exception) -> Any:
