@@ -90,10 +90,16 @@ def train_with_workers(
                     on_score(rung)
                     decide(rung.step, goes_on=True)
     except BaseException:
-        with contextlib.suppress(StorageError):  # then the workers end with the storage's error
-            for step in rungs:  # also one that is being scored just now
-                decide(step, goes_on=False)
-        thread.join()
+        ends, is_told = time.monotonic() + config.train.storage_patience_s, False
+        while thread.is_alive():
+            if not is_told:
+                with contextlib.suppress(StorageError):
+                    for step in rungs:  # also one that is being scored just now
+                        _decide(storage, directory, step, goes_on=False)
+                    is_told = True
+            if not is_told and time.monotonic() > ends:
+                break  # they end with this process
+            thread.join(LOOK_EVERY_S)
         raise
     finally:
         with contextlib.suppress(StorageError):  # the next attempt deletes them first

@@ -93,39 +93,45 @@ def test_a_storage_that_fails_once_ends_no_trial(
             raise failures.pop()
         return [rung]
 
-    def fit(*_: Any) -> None:
-        while not storage.exists(f"trial/verdicts/{RUNG:09d}.json"):
-            time.sleep(0.01)
-        verdicts.append(json.loads(storage.read(f"trial/verdicts/{RUNG:09d}.json"))["goes_on"])
-
     monkeypatch.setattr(TrialStore, "rungs", rungs)
-    monkeypatch.setattr(workers, "fit_workers", fit)
+    monkeypatch.setattr(
+        workers, "fit_workers", lambda *_: verdicts.append(wait_for_verdict(storage))
+    )
     told: list[Rung] = []
     config = Config.model_validate_json(settings["config"])
     workers.train_with_workers(config, storage, {}, "trial", [RUNG], [], told.append)
     assert (told, verdicts, failures) == ([rung], [True], [])
 
 
-def test_workers_end_before_the_trial_does_though_no_verdict_can_be_written(
+def test_workers_are_told_as_soon_as_the_storage_is_back(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_ended = threading.Event()
+    """They would wait for a verdict for ever."""
+    storage, decide = LocalStorage(str(tmp_path)), workers._decide
+    failures, found = [StorageError("Away. Wait.")] * 3, list[Any]()
 
-    def fail(*_: Any, **__: Any) -> Any:
+    def list_no_rungs(store: TrialStore) -> list[Rung]:
         raise StorageError("Away. Wait.")
 
-    def fit(*_: Any) -> None:
-        time.sleep(0.5)
-        is_ended.set()
+    def decide_later(*args: Any, **verdict: Any) -> None:
+        if failures:
+            raise failures.pop()
+        decide(*args, **verdict)
 
-    monkeypatch.setattr(TrialStore, "rungs", fail)
-    monkeypatch.setattr(workers, "_decide", fail)
-    monkeypatch.setattr(workers, "fit_workers", fit)
+    monkeypatch.setattr(TrialStore, "rungs", list_no_rungs)
+    monkeypatch.setattr(workers, "_decide", decide_later)
+    monkeypatch.setattr(workers, "fit_workers", lambda *_: found.append(wait_for_verdict(storage)))
     config = Config.model_validate_json(settings["config"])
-    train = config.train.model_copy(update={"storage_patience_s": 0})
+    train = config.train.model_copy(update={"storage_patience_s": 2})
     config = config.model_copy(update={"train": train})
-    with pytest.raises(StorageError):
-        workers.train_with_workers(
-            config, LocalStorage(str(tmp_path)), {}, "trial", [RUNG], [], lambda rung: None
-        )
-    assert is_ended.is_set()
+    with pytest.raises(StorageError, match="Away"):
+        workers.train_with_workers(config, storage, {}, "trial", [RUNG], [], lambda rung: None)
+    assert found == [False]
+
+
+def wait_for_verdict(storage: LocalStorage) -> Any:
+    path, deadline = f"trial/verdicts/{RUNG:09d}.json", time.monotonic() + 60
+    while not storage.exists(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return json.loads(storage.read(path))["goes_on"]
