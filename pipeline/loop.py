@@ -306,6 +306,10 @@ class _Training:
                 "to. See what damaged them, delete them and run the same command again."
             )
         self._restore(checkpoint)
+        *before, now = self.environments
+        before = [known for known in before if known["since_step"] < self.step]
+        since = min(now["since_step"], self.step)
+        self.environments = [*before, {**now, "since_step": since}]
         if self.rank == 0:
             logger.warning(
                 "%s: training went back to step %s and skips that batch.", fault, f"{self.step:,}"

@@ -162,6 +162,24 @@ def test_another_number_of_threads_is_said_and_recorded(
     assert again.environments == done.environments
 
 
+def test_what_is_done_again_after_a_rewind_is_recorded_as_done_here(
+    config: Config, tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings_of(config, num_steps=16), tmp_path, data, "x")
+    make = poisoned(BatchMaker.make, {17})
+    resumed_from = tmp_path / "x" / "checkpoints" / "000000016" / "manifest.json"
+
+    def make_and_damage(self: BatchMaker, number: int, num_rewinds: int) -> Batch:
+        if number == 17:
+            resumed_from.unlink()
+        return make(self, number, num_rewinds)
+
+    monkeypatch.setattr(BatchMaker, "make", make_and_damage)
+    done = load(train(settings_of(config, cpus_per_worker=2), tmp_path, data, "x"))
+    assert tuple(done.skipped) == (17,)
+    assert [(e["since_step"], e["threads"]) for e in done.environments] == [(0, 1), (8, 2)]
+
+
 def test_another_cpu_capability_is_said_and_recorded(
     config: Config,
     tmp_path: Path,
