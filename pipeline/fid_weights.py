@@ -38,7 +38,7 @@ class WeightsHandover:
         self._writing: Future[None] | None = None
         self._passed: dict[int, str] = {}  # name by step, where others are still to be dropped
         self._seen: set[int] | None = None  # steps with weights or scores, when last listed
-        self._last_step = 0  # of weights that were taken
+        self._taken: set[int] = set()  # steps whose weights were taken
         self._skips = False
 
     def hand_over(self, step: int, model: nn.Module) -> None:
@@ -46,13 +46,13 @@ class WeightsHandover:
         is_busy = self._writing is not None and not self._writing.done()
         if is_busy:
             self._skip(step, "the weights before it are still being written")
-            if self._seen is not None and step not in self._seen and step != self._last_step:
+            if self._seen is not None and step not in self._seen | self._taken:
                 return  # there is nothing of other weights
         weights = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
         if is_busy:
             self._passed[step] = _name(step, to_safetensors(weights))
             return
-        self._last_step = step
+        self._taken.add(step)
         self._writing = self._pool.submit(self._leave, step, weights)
 
     def close(self) -> None:

@@ -407,6 +407,22 @@ def test_a_score_of_other_weights_goes_though_there_was_a_hindrance(
     assert training.files("scores") == []
 
 
+def test_weights_of_before_go_though_others_were_being_written_when_training_came_by(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handover = WeightsHandover(training.storage, training.directory)
+    handover.hand_over(10, make_network(training.config, 0))
+    handover._pool.submit(lambda: None).result()
+    assert [name[:9] for name in training.files("weights")] == ["000000010"]
+    may_list, list_ = threading.Event(), LocalStorage.list
+    monkeypatch.setattr(LocalStorage, "list", lambda *args: may_list.wait(60) and list_(*args))
+    handover.hand_over(20, make_network(training.config, 0))
+    handover.hand_over(10, make_network(training.config, 1))  # after a rewind
+    may_list.set()
+    handover.close()
+    assert training.files("weights") == []  # those at step 20 found others waiting
+
+
 def test_what_the_storage_refused_as_a_score_came_is_done_again(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
