@@ -160,21 +160,23 @@ def reconstruct(
     Args:
         snapshots: of all times, of a `PostHocEMA`.
         width: the relative width wanted.
-        num_updates: where in training; at the last snapshot when not given.
+        num_updates: where in training, with a snapshot there: without, nothing is known of the
+            latest weights, which count most. At the last snapshot when not given.
 
     Raises:
-        ValueError: no snapshots, one before the first update or later than num_updates, or a
-            width out of range.
+        ValueError: no snapshots, one before the first update, or a last one that is not that of
+            num_updates; a width out of range.
 
     Reference: Karras et al., EDM2 (2312.02696), section 3.1 and appendix C.
     """
     snapshots = sorted(snapshots, key=lambda s: s.num_updates)
     latest = snapshots[-1].num_updates if snapshots else 0
     end = latest if num_updates is None else num_updates
-    if not snapshots or snapshots[0].num_updates < 1 or latest > end:
+    if not snapshots or snapshots[0].num_updates < 1 or latest != end:
         raise ValueError(
-            f"Reconstruction at update {end} needs snapshots of updates 1..{end}, got "
-            f"{[s.num_updates for s in snapshots][:8]}. Pass those that were taken until then."
+            f"Reconstruction at update {end} needs snapshots of updates 1..{end}, the last of them "
+            f"at {end}, got {[s.num_updates for s in snapshots][-8:]}. Pass those that were taken "
+            "until then, or ask for the update of the last one."
         )
     mixture = mixing_weights([(s.num_updates, s.width) for s in snapshots], end, width)
     names = snapshots[0].weights.keys()

@@ -130,7 +130,7 @@ def test_a_tracked_width_is_found_again() -> None:
     assert mixture == pytest.approx([0, 0, 0, 1], abs=1e-6)
 
 
-def test_reconstructs_an_earlier_time_and_refuses_snapshots_after_it() -> None:
+def test_reconstructs_a_time_of_a_snapshot_and_refuses_others() -> None:
     model = nn.Linear(1, 1, bias=False)
     tracked, wanted = PostHocEMA(model), EMA(model, profile="power", width=0.07)
     snapshots = []
@@ -141,7 +141,7 @@ def test_reconstructs_an_earlier_time_and_refuses_snapshots_after_it() -> None:
     early = [s for s in snapshots if s.num_updates <= 500]
     found = float(reconstruct(early, 0.07, num_updates=500)["weight"])
     assert found == pytest.approx(only_weight(wanted), rel=0.01)
-    for given in (snapshots, []):
+    for given in (snapshots, early[:-2], []):
         with pytest.raises(ValueError, match=r"needs snapshots of updates 1\.\.500"):
             reconstruct(given, 0.07, num_updates=500)
 
