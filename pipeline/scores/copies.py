@@ -3,8 +3,9 @@
 A sample is near to a training image or not by its own surroundings: its ratio is the distance to
 the nearest training image over the mean distance to the next 49. Where it lies among them it is
 close to 1, whether images are alike or not; for a copy it is near 0. What ratio is too low is read
-from held-out real images, which are no copies of training images, and so is how many of the samples
-may lie below it by chance.
+from held-out real images, and so is how many of the samples may lie below it by chance. Those that
+have twins in training (the same picture, saved again) are passed over where the ratio is read, and
+counted where chance is.
 
 What this does not see: a copy that is moved, mirrored or recoloured, and one that is altered at all
 where the training images hold its image 50 times.
@@ -28,6 +29,7 @@ SIDE_PX = 32  # of the thumbnails in which images are compared
 LENGTH = 1024  # of the shortened sequences
 BLOCK = 2048  # rows and columns of the matrix of distances that are held in memory at once
 QUANTILE = 0.005  # of the held-out ratios, below which is a near-copy; the lowest of a few hundred
+TWIN = 1 / 3  # of the median ratio: held-out images below it have twins among the training images
 FALSE_ALARM = 1e-3  # how often samples of the real distribution may trip the check, at most
 MIN_EXCESS = 0.02  # of near-copies among the samples, over those among the held-out images
 MIN_HELD_OUT = 200  # with as many samples, 5% of copies are then beyond chance
@@ -114,7 +116,8 @@ def check_copies(samples: NearestImages, held_out: NearestImages) -> CopyCheck |
     if len(held_out_near) < MIN_HELD_OUT or (samples.ids < 0).any():
         return None
     ratios, held_out_ratios = _ratios(near), _ratios(held_out_near)
-    place = max(1, int(QUANTILE * len(held_out_ratios)))
+    num_twins = int((held_out_ratios < TWIN * np.median(held_out_ratios)).sum())
+    place = num_twins + max(1, int(QUANTILE * len(held_out_ratios)))
     threshold = np.sort(held_out_ratios)[place - 1]
     found, expected = (int((r <= threshold).sum()) for r in (ratios, held_out_ratios))
     share, held_out_share = found / len(ratios), expected / len(held_out_ratios)

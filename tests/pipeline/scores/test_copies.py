@@ -77,6 +77,23 @@ def test_copies_that_were_altered_a_little_trip_it_too(digits: tuple[np.ndarray,
     assert check(planted, training, held_out).is_memorising
 
 
+@pytest.mark.parametrize("num_twins", [0, 2, 9])  # up to 3% of the held-out images
+@pytest.mark.parametrize("levels", [0, 2])  # saved as PNG, or with loss
+def test_twins_of_held_out_images_do_not_hide_copies(
+    digits: tuple[np.ndarray, ...], num_twins: int, levels: int
+) -> None:
+    training, held_out, samples = digits
+    rng = np.random.default_rng(1)
+
+    def altered(images: np.ndarray, levels: int) -> np.ndarray:
+        changed = images.astype(int) + rng.integers(-levels, levels + 1, images.shape)
+        return changed.clip(0, 255).astype(np.uint8)
+
+    held_out = np.concatenate([altered(training[-num_twins or 1200 :], levels), held_out])[:300]
+    assert not check(samples, training, held_out).is_memorising
+    assert check(plant(samples, altered(training, 10), 0.1), training, held_out).is_memorising
+
+
 def test_an_exact_copy_of_a_large_image_is_at_distance_0() -> None:
     rng = np.random.default_rng(0)
     training = rng.integers(250, 256, (20, 3, 80, 48), dtype=np.uint8)  # far from 0, and alike
