@@ -12,7 +12,8 @@ from pipeline.precision import autocast
 from pipeline.settings import NOISE_GROUP
 from pipeline.shards import Items
 
-NUM_SAMPLES = 512  # at most; the split's first, which the hash of their content has mixed
+NUM_SAMPLES = 512  # at most
+NEIGHBOURS = 8  # read together, so that few files of a remote split are fetched
 
 
 @torch.no_grad()
@@ -37,18 +38,20 @@ def validation_loss(
         rank: of this process.
         world_size: number of processes.
     """
-    count = min(len(items), NUM_SAMPLES)
+    chosen = choose_items(len(items), NUM_SAMPLES)
+    count = len(chosen)
     num_groups = -(-count // NOISE_GROUP)
     device = next(model.parameters()).device
     key = (seed, -1, 0)  # a number that no batch has
     timesteps = draw_timesteps(key, count, diffusion.num_train_timesteps, "stratified")
     total = torch.zeros(1, dtype=torch.float64, device=device)
     for group in range(rank * num_groups // world_size, (rank + 1) * num_groups // world_size):
-        ids = np.arange(group * NOISE_GROUP, min(count, (group + 1) * NOISE_GROUP))
+        places = np.arange(group * NOISE_GROUP, min(count, (group + 1) * NOISE_GROUP))
+        ids = chosen[places]
         noise = draw_noise(key, range(group, group + 1), items.shape, diffusion.offset_noise)
         batch = Batch(
             items=torch.from_numpy(items.gather(ids)),
-            timesteps=timesteps[ids],
+            timesteps=timesteps[places],
             noise=noise[: len(ids)],
             class_labels=_labels(diffusion, items, ids),
             self_condition=False if diffusion.self_condition else None,
@@ -59,6 +62,17 @@ def validation_loss(
     if world_size > 1:
         dist.all_reduce(total)
     return float(total) / count
+
+
+def choose_items(num_items: int, at_most: int) -> np.ndarray:
+    """The ids, ascending, of so many items of a split: groups of neighbours, spread over all of it.
+
+    The first ones would often be of one class: a split keeps the order of its input.
+    """
+    places = np.arange(min(num_items, at_most))
+    groups = places // NEIGHBOURS
+    left_out = num_items - len(places)
+    return places + groups * left_out // max(1, groups.max(initial=0))
 
 
 def loss_of(batch: Batch, model: nn.Module, diffusion: Diffusion) -> Tensor:
