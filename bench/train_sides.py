@@ -348,7 +348,7 @@ def run_loop(
     from pipeline.host import torch_threads
     from pipeline.loop import Hooks, train_loop
     from pipeline.models import make_diffusion, make_unet
-    from pipeline.sampling import sample_items, spread_labels
+    from pipeline.sampling import draw_labels, sample_items
     from pipeline.storage import LocalStorage
 
     storage = LocalStorage(str(work / "root"))
@@ -387,7 +387,7 @@ def run_loop(
         first = 0
         for n in chunks_of(count):
             numbers, first = range(first, first + n), first + n
-            labels = spread_labels(counts, numbers, count) if num_classes else None
+            labels = draw_labels(counts, seed, numbers) if num_classes else None
             chunks.append(sample_items(drawn, model, numbers, class_labels=labels))
         return quantise(torch.cat(chunks))
 

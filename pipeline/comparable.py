@@ -120,8 +120,8 @@ def expected_protocol(
     from pipeline.label_mix import mix_protocol, read_mix
     from pipeline.protocol import make_protocol, sampling_protocol
 
-    mix = {}
-    if config.model.class_conditional:
+    mix, is_told = {}, config.model.class_conditional
+    if is_told:
         mix = mix_protocol(read_mix(storage, pinned["reference"]))
     return make_protocol(
         config,
@@ -129,7 +129,7 @@ def expected_protocol(
         pinned["reference"],
         split=REFERENCE_SPLIT,
         num_samples=config.evaluate.num_samples,
-        sampling=sampling_protocol(config) | mix,
+        sampling=sampling_protocol(config, is_told=is_told) | mix,
     )
 
 

@@ -25,7 +25,7 @@ from pipeline.dataset import open_split
 from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.extractors import extract, load_extractor
 from pipeline.host import full_precision, keep_freed_memory, torch_threads
-from pipeline.sampling import quantise, sample_items, spread_labels
+from pipeline.sampling import draw_labels, quantise, sample_items
 from pipeline.settings import Config, EvaluateConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.subjects import Network, Source, load_network
@@ -197,11 +197,10 @@ def iter_drawn(
         EvaluationError: the samples are not finite.
     """
     for start in range(0, num_samples, CHUNK):
-        numbers, labels = range(start, min(start + CHUNK, num_samples)), None
+        numbers, labels = range(first + start, first + min(start + CHUNK, num_samples)), None
         if network.counts is not None:
-            labels = spread_labels(network.counts, numbers, num_samples)
-        seeds = range(first + numbers.start, first + numbers.stop)
-        yield draw_chunk(config, network, extractor, seeds, labels)
+            labels = draw_labels(network.counts, config.evaluate.seed, numbers)
+        yield draw_chunk(config, network, extractor, numbers, labels)
 
 
 def _draw_chunks(
@@ -233,7 +232,7 @@ def _draw_one(
 ) -> dict[str, np.ndarray]:
     numbers, labels = range(first, first + _count(series, first)), None
     if network.counts is not None:
-        labels = spread_labels(network.counts, numbers, series.num_samples)
+        labels = draw_labels(network.counts, series.settings.seed, numbers)
     config = config.model_copy(update={"evaluate": series.settings})
     items, features = draw_chunk(config, network, extractor, numbers, labels)
     arrays = {"items": items, "features": features} | _logits(extractor, features)

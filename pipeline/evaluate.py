@@ -57,6 +57,8 @@ def evaluate(context: StepContext) -> dict[str, Any]:
         context.inputs["features"]["metrics"]["num_features"],
         series["samples"].num_samples,
     )
+    if source.kind != "images" and source.counts is None and config.evaluate.guidance_scale != 1:
+        context.note("evaluate.guidance_scale is left out: the network is not told the class")
     draw(context, list(series.values()))
     seen = look_through(context, series["samples"])
     copies = find_copies(context, seen)

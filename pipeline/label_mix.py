@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.dataset import class_counts, class_names, read_dataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.pinning import read_step
-from pipeline.protocol import MIX
+from pipeline.protocol import LABELS, MIX
 from pipeline.storage import Storage
 from pipeline.workflow import hash_json
 
@@ -35,7 +35,7 @@ def read_mix(storage: Storage, reference: Mapping[str, Any]) -> dict[str, int]:
 
 def mix_protocol(mix: Mapping[str, int]) -> dict[str, str]:
     """What a protocol says of a mix; that of a network that is not told the class says nothing."""
-    return {MIX: hash_json(mix)}
+    return {MIX: hash_json(LABELS | {"counts": mix})}
 
 
 def count_by_id(mix: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:

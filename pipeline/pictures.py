@@ -13,7 +13,7 @@ from pipeline.dataset import open_split
 from pipeline.drawing import device_of
 from pipeline.gallery import SHOWN, Gallery, spread_evenly
 from pipeline.host import full_precision, torch_threads
-from pipeline.sampling import quantise, sample_items, spread_labels
+from pipeline.sampling import draw_labels, quantise, sample_items
 from pipeline.settings import Config
 from pipeline.storage import open_storage
 from pipeline.subjects import Network, Source, load_network
@@ -101,7 +101,7 @@ def _denoise_one(config: Config, network: Network) -> np.ndarray:
     num_steps = config.evaluate.num_steps
     labels = None
     if network.counts is not None:
-        labels = spread_labels(network.counts, range(1), config.evaluate.num_samples)
+        labels = draw_labels(network.counts, config.evaluate.seed, range(1))
     shown = set(np.linspace(1, num_steps, STRIP_LENGTH).round().astype(int).tolist())
     dtype = np.dtype(np.float32 if config.data.is_sequence else np.uint8)
     states: list[np.ndarray] = []

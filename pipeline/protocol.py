@@ -24,6 +24,7 @@ FIELDS = {"metric", "value", "floor", "ceiling", "unbiased", "kid", "inception_s
           "precision_recall", "degenerate", "copies", "sweeps", "protocol"}  # fmt: skip
 SCORING = 1  # raised by hand when a score of the same features comes out otherwise
 MIX = "label_mix"  # of networks that are told the class; others have a mix of their own making
+LABELS = {"labels": "drawn independently"}  # of such networks; see `draw_labels`
 OF_THE_PROGRAM = ("implementation", "scoring", MIX)  # fields that no setting determines
 OF_IMAGES = {"sampler": "none: the images were given"}
 
@@ -56,7 +57,7 @@ def make_protocol(
         "extractor_sha256": features["artifacts"][ARTIFACT]["sha256"],
         "feature_width": features["metrics"]["num_features"],
         "num_samples": num_samples,
-        **(sampling or sampling_protocol(config)),
+        **(sampling or own_sampling(config)),
         **({"shape": list(data.shape)} if data.is_sequence else _of_images(config)),
         "interval_reference": config.evaluate.interval_reference,
         "implementation": f"torchmetrics {version('torchmetrics')}",
@@ -64,11 +65,18 @@ def make_protocol(
     }
 
 
-def sampling_protocol(config: Config, *, weights: str = "ema") -> dict[str, Any]:
-    """How samples are drawn from a network.
+def own_sampling(config: Config) -> dict[str, Any]:
+    """How samples are drawn from a network of the config's own training."""
+    is_told = config.model.class_conditional
+    return sampling_protocol(config, is_told=is_told) | (LABELS if is_told else {})
+
+
+def sampling_protocol(config: Config, *, is_told: bool, weights: str = "ema") -> dict[str, Any]:
+    """How samples are drawn from a network, but for their labels.
 
     Args:
         config: the settings of `evaluate`.
+        is_told: whether the network is told the class; others are not guided.
         weights: `ema`, or `model` where a checkpoint has no others. How wide the average is belongs
             to the network: who trains with another may compare.
     """
@@ -82,7 +90,7 @@ def sampling_protocol(config: Config, *, weights: str = "ema") -> dict[str, Any]
         "spacing": settings.spacing,
         "eta": settings.eta,
         "clip_x_start": settings.clip_x_start,
-        "guidance_scale": settings.guidance_scale,
+        "guidance_scale": settings.guidance_scale if is_told else 1.0,
     }
 
 

@@ -18,7 +18,7 @@ from pipeline.host import full_precision
 from pipeline.model_folder import check_output, write_folder
 from pipeline.pinning import read_step
 from pipeline.report.plots import draw_grid, draw_sequences
-from pipeline.sampling import spread_labels
+from pipeline.sampling import draw_labels
 from pipeline.shards import write_arrow
 from pipeline.subjects import Network, load_network, source_of_training
 from pipeline.targets import Trained, find_trained
@@ -58,7 +58,7 @@ def write_samples(
         num_samples: how many, the first with number 0.
         observer: told how far it is.
         label: a class by its name, or by its number where classes have no names; otherwise the
-            samples have the classes in their shares of the training images.
+            samples have the classes that an evaluation draws for them.
         overrides: `a.b=c` of the config; of a version, those of `evaluate` alone.
         root: the storage root of a model's name.
 
@@ -75,7 +75,7 @@ def write_samples(
             "evaluate.use_gpu=false."
         )
     network, names = _load(trained)
-    labels = _choose_labels(network, names, label, num_samples)
+    labels = _choose_labels(network, names, label, num_samples, trained.config.evaluate.seed)
     parts = []
     for start in range(0, num_samples, CHUNK):
         numbers = range(start, min(start + CHUNK, num_samples))
@@ -101,7 +101,7 @@ def _load(trained: Trained) -> tuple[Network, Sequence[str] | None]:
 
 
 def _choose_labels(
-    network: Network, names: Sequence[str] | None, label: str | None, num_samples: int
+    network: Network, names: Sequence[str] | None, label: str | None, num_samples: int, seed: int
 ) -> Tensor | None:
     """The label of each sample, int64 [N], for a network that is told the class."""
     if network.counts is None:
@@ -112,7 +112,7 @@ def _choose_labels(
             )
         return None
     if label is None:
-        return spread_labels(network.counts, range(num_samples), num_samples)
+        return draw_labels(network.counts, seed, range(num_samples))
     known = [str(k) for k in network.counts] if names is None else list(names)
     if label not in known:
         listed = ", ".join(known[:LISTED]) + (", ..." if len(known) > LISTED else "")

@@ -1,14 +1,13 @@
 """Samples from a trained network, each from the noise of its own seed."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_core import Diffusion, UNet, make_image_noise, sample_ddim
-from pipeline.loader import keyed_seed
+from pipeline.loader import SEED_BITS, keyed_seed
 from pipeline.models import make_diffusion
 from pipeline.settings import Config
 
@@ -60,18 +59,19 @@ def quantise(x: Tensor) -> np.ndarray:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
-def spread_labels(counts: Mapping[int, int], numbers: range, num_samples: int) -> Tensor:
-    """The label of each of these samples, int64: all together as frequent as in the data set.
+def draw_labels(counts: Mapping[int, int], seed: int, numbers: Iterable[int]) -> Tensor:
+    """The label of each of these samples, int64: drawn as an image of the data set is, each alone.
+
+    So the samples of a network that is told the class are independent, as the reference's images
+    are. Were each class as frequent among them as in the data set, they would vary less than real
+    images do: their distance would lie below that of real images, and KID below 0.
 
     Args:
         counts: of the training images by label.
-        numbers: of the samples, out of 0..num_samples - 1.
-        num_samples: in all.
+        seed: `evaluate.seed`.
+        numbers: of the samples; a number's label is always the same.
     """
     labels = np.array(sorted(counts))
     ends = np.cumsum([counts[label] for label in labels])
-    # Neighbours should differ: a stride without a common divisor goes through all numbers.
-    golden = range(max(1, round(0.618 * num_samples)), 0, -1)
-    stride = next(k for k in golden if math.gcd(k, num_samples) == 1)
-    places = (np.array(numbers) * stride % num_samples + 0.5) * ends[-1] / num_samples
+    places = [keyed_seed("label", seed, number) * int(ends[-1]) >> SEED_BITS for number in numbers]
     return torch.from_numpy(labels[np.searchsorted(ends, places, side="right")])

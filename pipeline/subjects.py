@@ -133,7 +133,7 @@ def sampling_of(context: StepContext) -> dict[str, Any]:
     mix = {}
     if is_told:
         mix = mix_protocol(read_mix(context.storage, context.inputs["reference"]))
-    return sampling_protocol(context.config, weights=weights) | mix
+    return sampling_protocol(context.config, is_told=is_told, weights=weights) | mix
 
 
 def import_model(path: Path, config: Config, storage: Storage) -> GivenModel:

@@ -52,11 +52,11 @@ def test_only_what_is_told_the_class_is_scored_anew(tiny_config: Path) -> None:
         return next(step.version for step in steps if step.name == "evaluate")
 
     told = "model.class_conditional=true"
-    assert (version(), version(told)) == (5, 6)
+    assert (version(), version(told)) == (5, 7)
     assert version(told, subject=GivenModel("a")) == 5
-    assert version(subject=GivenModel("a", class_conditional=True)) == 6
+    assert version(subject=GivenModel("a", class_conditional=True)) == 7
     assert version(told, subject=GivenImages(("x",), ())) == 5
-    assert version(told, subject=Rescored(())) == 6
+    assert version(told, subject=Rescored(())) == 7
 
 
 def test_the_default_for_what_cannot_be_checked_changes_no_key(tiny_config: Path) -> None:

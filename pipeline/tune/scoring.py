@@ -21,11 +21,12 @@ from pipeline.loader import keyed_seed
 from pipeline.models import make_diffusion
 from pipeline.protocol import make_protocol
 from pipeline.reference import read_sums
-from pipeline.sampling import spread_labels
+from pipeline.sampling import draw_labels
 from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.settings import Config
 from pipeline.storage import Storage
 from pipeline.subjects import Network
+from pipeline.validation import choose_items
 from pipeline.workflow import read_artifact
 
 NUM_SHOWN = 32  # samples that a score keeps for the eye
@@ -54,6 +55,7 @@ def trial_protocol(config: Config, inputs: Inputs) -> dict[str, Any]:
         "data": inputs["preprocess"]["key"],
         "split": SPLIT,
         "num_images": config.tune.num_samples,
+        "images": "spread over the split",
         "seed": config.evaluate.seed,
         "clip_x_start": config.evaluate.clip_x_start,
         "weights": "ema",
@@ -127,17 +129,17 @@ def _frechet(
 
 
 def _bits(config: Config, items: Any, diffusion: Any, counts: dict[int, int] | None) -> Score:
-    """The variational bound of the first validation images, in bits per dimension."""
+    """The variational bound of validation images, in bits per dimension."""
 
     @torch.no_grad()
     @full_precision()
     def score(model: Any) -> tuple[float, bytes]:
         device = next(model.parameters()).device
         model.eval()
-        process, count = diffusion.to(device), min(len(items), config.tune.num_samples)
+        process, chosen = diffusion.to(device), choose_items(len(items), config.tune.num_samples)
         total = 0.0
-        for start in range(0, count, CHUNK):
-            ids = np.arange(start, min(start + CHUNK, count))
+        for start in range(0, len(chosen), CHUNK):
+            ids = chosen[start : start + CHUNK]
             pixels = torch.from_numpy(items.gather(ids)).to(device)
             seed = keyed_seed("bound", config.evaluate.seed, start)
             bound = variational_bound(
@@ -154,7 +156,7 @@ def _bits(config: Config, items: Any, diffusion: Any, counts: dict[int, int] | N
                 "The bound is not finite: the network's output is not. Lower train.learning_rate, "
                 "or the upper end of its range."
             )
-        return total / count, _keep(_draw_shown(config, Network(model, process, counts)))
+        return total / len(chosen), _keep(_draw_shown(config, Network(model, process, counts)))
 
     return score
 
@@ -163,7 +165,7 @@ def _draw_shown(config: Config, network: Network) -> np.ndarray:
     """Samples for the eye, of a score that needs none."""
     numbers, labels = range(NUM_SHOWN), None
     if network.counts is not None:
-        labels = spread_labels(network.counts, numbers, NUM_SHOWN)
+        labels = draw_labels(network.counts, config.evaluate.seed, numbers)
     return draw_items(config, network, numbers, labels)
 
 

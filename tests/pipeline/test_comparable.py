@@ -10,10 +10,10 @@ import pytest
 from pipeline import comparable, rescore
 from pipeline.driver import Basis, Plan, make_plan
 from pipeline.errors import ConfigError, StorageError
+from pipeline.label_mix import mix_protocol
 from pipeline.pinning import pin_first
 from pipeline.registry import Registry
 from pipeline.settings import Config
-from pipeline.workflow import hash_json
 
 from .test_retrain import Model
 
@@ -140,7 +140,7 @@ def test_another_class_is_refused_before_anything_is_trained(
     with pytest.raises(ConfigError, match=r"\(new: 2, brought by digits-0001\.tar\)"):
         model.retrain(model.config(told, shards=(0, 1)))
     assert model.ran == []
-    model.protocol |= {"label_mix": hash_json({"0": 9, "1": 9})}  # its own had none
+    model.protocol |= mix_protocol({"0": 9, "1": 9})  # its own had none
     scratch = model.retrain(model.config(told, "retrain.start=scratch", shards=(0, 1)))
     assert scratch.number == 2
     ((_, basis),) = model.ran

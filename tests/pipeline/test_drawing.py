@@ -20,6 +20,7 @@ from pipeline.drawing import Series, _deal, _draw_chunks, draw_chunk
 from pipeline.errors import EvaluationError
 from pipeline.extractors import ARTIFACT
 from pipeline.extractors.small import SmallNetwork
+from pipeline.sampling import draw_labels
 from pipeline.settings import Config
 from pipeline.storage import LocalStorage
 from pipeline.subjects import Source
@@ -97,7 +98,8 @@ def test_samples_are_the_same_however_chunks_are_spread(
     assert found["items"].shape == (150, 1, 8, 8)
     assert found["items"].dtype == np.uint8
     assert (found["features"].shape, found["logits"].shape) == ((150, 4), (150, 3))
-    assert np.bincount(found["labels"]).tolist() == [25, 50, 75]
+    expected = draw_labels({0: 10, 1: 20, 2: 30}, series.settings.seed, range(150))
+    assert found["labels"].tolist() == expected.tolist()
 
 
 def test_what_is_drawn_is_not_drawn_again(

@@ -13,7 +13,7 @@ from pipeline.copy_search import Copies
 from pipeline.dataset import open_split
 from pipeline.gallery import Gallery
 from pipeline.pictures import draw_pictures
-from pipeline.sampling import quantise, sample_items, spread_labels
+from pipeline.sampling import draw_labels, quantise, sample_items
 from pipeline.scores.copies import CopyCheck
 from pipeline.scores.degenerate import DegenerateCounts
 from pipeline.steps import make_steps
@@ -73,7 +73,7 @@ def test_strips_begin_and_end_where_they_say(
     network = load_network(context.storage, context.config, source)
     labels = None
     if network.counts is not None:
-        labels = spread_labels(network.counts, range(1), context.config.evaluate.num_samples)
+        labels = draw_labels(network.counts, context.config.evaluate.seed, range(1))
     first = sample_items(
         context.config, network.model, range(1), diffusion=network.diffusion, class_labels=labels
     )

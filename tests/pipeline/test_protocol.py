@@ -14,6 +14,7 @@ from pipeline.protocol import (
     compare_records,
     differences,
     differing_settings,
+    own_sampling,
     read_record,
 )
 
@@ -40,6 +41,17 @@ def test_one_that_is_told_labels_compares_with_one_that_is_not() -> None:
     assert differences({"label_mix": "m"}, {"label_mix": "n"}) == ["label_mix"]
     ours = {"eta": 0.0, "scoring": 1, "implementation": "1.9"}
     assert differing_settings(ours, {"eta": 1.0, "scoring": 2, "label_mix": "m"}) == ["eta"]
+
+
+def test_the_protocol_says_what_guides_the_network_and_how_it_gets_its_labels(
+    tiny_config: Path,
+) -> None:
+    def sampling(*overrides: str) -> dict[str, Any]:
+        return own_sampling(load_config(tiny_config, ["evaluate.guidance_scale=3.0", *overrides]))
+
+    told, untold = sampling("model.class_conditional=true"), sampling()
+    assert (told["guidance_scale"], untold["guidance_scale"]) == (3, 1)
+    assert differences(told, untold) == ["guidance_scale", "labels"]
 
 
 def test_different_protocols_are_refused_with_their_fields_and_values() -> None:

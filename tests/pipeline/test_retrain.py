@@ -20,7 +20,7 @@ from pipeline.gate import Verdict
 from pipeline.holding import add_finding, describe_drift
 from pipeline.lots import Lot
 from pipeline.pinning import describe
-from pipeline.protocol import make_protocol
+from pipeline.protocol import make_protocol, sampling_protocol
 from pipeline.registry import Registry
 from pipeline.retrain import Cycle, retrain
 from pipeline.scores.drift import Drift
@@ -80,7 +80,12 @@ class Model:
             path = f"steps/{name}/{keys[name]}/manifest.json"
             self.storage.create(path, text.encode())
         self.protocol = make_protocol(
-            config, steps["features"], steps["reference"], split="test", num_samples=128
+            config,
+            steps["features"],
+            steps["reference"],
+            split="test",
+            num_samples=128,
+            sampling=sampling_protocol(config, is_told=config.model.class_conditional),
         )
         score = {"metric": "fid[classifier]", "value": 9.0, "protocol": self.protocol | protocol}
         version = {

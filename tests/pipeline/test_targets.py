@@ -22,6 +22,7 @@ from pipeline.models import make_diffusion, make_unet
 from pipeline.registry import Registry
 from pipeline.runs import RunRecord
 from pipeline.sample_files import Sampled, write_samples
+from pipeline.sampling import draw_labels
 from pipeline.settings import Config
 from pipeline.storage import LocalStorage, hash_content
 from pipeline.subjects import Network
@@ -103,7 +104,8 @@ def test_a_version_is_sampled_by_name(model: Model, tmp_path: Path, target: str,
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == done.files
     table = pa.ipc.open_file(tmp_path / "s" / "samples.arrow").read_all()
     labels = table["label"].to_pylist()
-    assert sorted(labels) == [0, 1, 2]  # in their shares
+    counts = dict.fromkeys(range(NUM_CLASSES), 1)
+    assert labels == draw_labels(counts, model.config.evaluate.seed, range(3)).tolist()
     drawn = model.draw(seed, labels)
     np.testing.assert_array_equal(read_pngs(tmp_path / "s"), drawn)
     assert table["image"].combine_chunks().to_numpy_ndarray().tolist() == drawn.tolist()
