@@ -165,6 +165,11 @@ def _validate(values: dict[str, Any], source: str) -> Config:
 
 def _parse(values: dict[str, Any]) -> Config:
     # By way of JSON: strict mode then takes arrays for tuples and still no "3" for 3.
+    match values:
+        case {"data": {"sequence_shape": _}}:  # they are learned as they are, in whatever range
+            evaluate = values.get("evaluate", {})
+            if isinstance(evaluate, dict):
+                values = {**values, "evaluate": {"clip_x_start": False, **evaluate}}
     return Config.model_validate_json(json.dumps(values, default=str))
 
 

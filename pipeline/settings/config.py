@@ -80,6 +80,7 @@ class Config(Section):
                 "evaluate.num_steps must not exceed diffusion.num_train_timesteps = "
                 f"{self.diffusion.num_train_timesteps}, got {self.evaluate.num_steps}. Lower it."
             )
+        faults += self._faults_of_sampling()
         needed = 10 * (self.features.num_features or 0)  # else counted when they are known
         if self.evaluate.num_samples < needed and not self.evaluate.allow_few_samples:
             faults.append(
@@ -104,6 +105,27 @@ class Config(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _faults_of_sampling(self) -> list[str]:
+        """What would be sampled from other noise, or by other guidance, than was learned."""
+        evaluate, num_timesteps = self.evaluate, self.diffusion.num_train_timesteps
+        faults = []
+        left = num_timesteps % evaluate.num_steps  # for leading steps begin so much further down
+        if evaluate.spacing == "leading" and num_timesteps // 10 < left < num_timesteps:
+            first = num_timesteps // evaluate.num_steps * (evaluate.num_steps - 1)
+            faults.append(
+                f"evaluate.num_steps = {evaluate.num_steps} and evaluate.spacing = 'leading' begin "
+                f"with pure noise at timestep {first} of {num_timesteps}, where training showed "
+                "images in it. Choose 'trailing', or a divisor."
+            )
+        is_guided = self.model.class_conditional and evaluate.guidance_scale != 1
+        if is_guided and not self.train.label_dropout:
+            faults.append(
+                f"evaluate.guidance_scale = {evaluate.guidance_scale:g} needs a network that is "
+                "sometimes not told the class, and train.label_dropout is 0. Raise that, or set "
+                "the scale to 1."
+            )
+        return faults
 
     @property
     def trial_steps(self) -> int:

@@ -100,7 +100,8 @@ class EvaluateConfig(Section):
         default=0.0, ge=0, le=1, description="noise put back at each step; 0 is none"
     )
     clip_x_start: bool = Field(
-        default=True, description="keep the guess of the clean image in [-1, 1]"
+        default=True,
+        description="keep the guess of the clean image in [-1, 1]; sequences: `false` by default",
     )
     guidance_scale: float = Field(
         default=1.0, ge=0, description="of a network that is told the class; 1 is no guidance"

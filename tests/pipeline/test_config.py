@@ -106,6 +106,14 @@ def test_set_overrides(
         ("train={accumulation_steps=17, num_workers=[1, 3]}", "must be at most 16, the smallest"),
         ("train.storage_patience_s=600", "storage_patience_s should be less than or equal to 480"),
         ("evaluate.num_steps=2000", "must not exceed diffusion.num_train_timesteps = 1000"),
+        (
+            "evaluate={num_steps=501, spacing='leading'}",
+            r"evaluate\.num_steps = 501 and .* begin with pure noise at timestep 500 of 1000",
+        ),
+        (
+            "evaluate.guidance_scale=3.0\nmodel.class_conditional=true\ntrain.label_dropout=0.0",
+            r"evaluate\.guidance_scale = 3 needs a network that is sometimes not told the class",
+        ),
         ("train.ema_decay=1.0", "train.ema_decay should be less than 1, got 1.0"),
         ("model.dim_mults=[1,2]", "one kind for each of the 2 levels"),
         (
@@ -158,6 +166,22 @@ def test_settings_of_images_are_refused_with_sequences(tmp_path: Path, value: st
     name = value.split()[0]
     with pytest.raises(ConfigError, match=f"data: {name} cannot be honoured for sequences"):
         load_config(write(tmp_path, sequences))
+
+
+@pytest.mark.parametrize("num_steps", [1, 50, 60, 500, 1000])
+def test_leading_steps_may_leave_out_a_few_timesteps(tmp_path: Path, num_steps: int) -> None:
+    settings = [f"evaluate.num_steps={num_steps}", "evaluate.spacing=leading"]
+    assert load_config(write(tmp_path, MINIMAL), settings).evaluate.num_steps == num_steps
+
+
+def test_sequences_are_clipped_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    sequences = write(tmp_path, MINIMAL.replace("resolution = 32", "sequence_shape = [2, 64]"))
+    config = load_config(sequences)
+    assert not config.evaluate.clip_x_start
+    assert not load_config(sequences, ["evaluate.num_steps=7"]).evaluate.clip_x_start
+    assert load_config(sequences, ["evaluate.clip_x_start=true"]).evaluate.clip_x_start
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    assert load_config(write(tmp_path, MINIMAL)).evaluate.clip_x_start
 
 
 def test_sequences_are_not_mirrored(tmp_path: Path) -> None:
