@@ -11,7 +11,7 @@ VERSION = 1  # raise when an extractor with the same weights gives other feature
 
 
 def score_name(prefix: str, features: Mapping[str, Any]) -> str:
-    """The name of a score: `fid` alone is that of published work, in standard Inception features.
+    """The name of a score: `fid` alone is in standard Inception features, of published work.
 
     In others it is `fid[classifier]`, `fid[inception-192]`, `fid[package.module:factory]`, or
     `fid[inception-2048:ab12cd34]` with the beginning of the hash of weights that are not standard.
