@@ -1,13 +1,14 @@
 """What is drawn for a score, and what a score's name and line say."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.config import load_config
 from pipeline.errors import DataError
-from pipeline.evaluate import few_samples, plan_series, summarise
+from pipeline.evaluate import evaluate, few_samples, plan_series, summarise
 from pipeline.features import check_counts
 from pipeline.scores import show_number
 from pipeline.subjects import Source
@@ -38,6 +39,39 @@ def test_what_is_drawn_depends_on_what_is_evaluated(tiny_config: Path) -> None:
     assert {name: s.num_samples for name, s in plan_series(config, images).items()} == {
         "samples": 70
     }
+
+
+class DrawnError(Exception):
+    """In place of samples."""
+
+
+@pytest.mark.parametrize(
+    ("counts", "scale", "is_noted"), [(None, 3.0, True), (None, 1.0, False), ({"0": 1}, 3.0, False)]
+)
+def test_guidance_of_a_network_that_is_not_told_the_class_is_noted(
+    tiny_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: dict[str, int] | None,
+    scale: float,
+    is_noted: bool,
+) -> None:
+    def draw(*_: Any) -> None:
+        raise DrawnError
+
+    notes: list[str] = []
+    config = load_config(tiny_config, [f"evaluate.guidance_scale={scale}"])
+    inputs = {
+        "preprocess": {"metrics": {"counts": {}}},
+        "features": {"metrics": {"num_features": 4}},
+    }
+    context: Any = SimpleNamespace(config=config, inputs=inputs, note=notes.append)
+    source = Source("model", key="x", counts=counts, num_timesteps=100)
+    monkeypatch.setattr("pipeline.evaluate.find_source", lambda _: source)
+    monkeypatch.setattr("pipeline.evaluate.check_counts", lambda *_: None)
+    monkeypatch.setattr("pipeline.evaluate.draw", draw)
+    with pytest.raises(DrawnError):
+        evaluate(context)
+    assert len(notes) == is_noted
 
 
 def test_more_steps_than_there_are_timesteps_are_not_tried(tiny_config: Path) -> None:
