@@ -59,7 +59,7 @@ def match(pattern: str, storage: Storage) -> list[InputFile]:
             found = list(_match_remote(pattern, storage))
         else:
             found = list(_match_local(pattern.removeprefix("file://"), storage))
-    once = {f.uri: f for f in found if f.is_named or not _is_hidden(f.name)}
+    once = {f.uri: f for f in found if f.is_named or not is_hidden(f.name)}
     return sorted(once.values(), key=lambda f: f.name)
 
 
@@ -73,8 +73,10 @@ def match_beside(file: InputFile, uri: str, name: str, storage: Storage) -> list
     ]
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden: by a leading dot, or by macOS."""
+    parts = name.split("/")
+    return any(part == "__MACOSX" or (part.startswith(".") and part != ".") for part in parts)
 
 
 def _make_file(
@@ -176,7 +178,7 @@ def _make_walk(fixed: str, storage: Storage) -> _Walk:
             below[:] = [
                 name
                 for name in below
-                if not _is_hidden(name) and places(os.path.join(directory, name))
+                if not is_hidden(name) and places(os.path.join(directory, name))
             ]
             yield from (os.path.join(directory, name) for name in names)
 

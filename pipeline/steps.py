@@ -97,7 +97,7 @@ def make_steps(
     steps = [
         Step(
             name="preprocess",
-            version=4,
+            version=5,
             function="pipeline.preprocess:preprocess",
             settings=_preprocess_settings(config.data, shards),
             resources=WHOLE_CLUSTER,
@@ -149,7 +149,7 @@ def make_steps(
         case GivenImages(sources=sources, shards=given, converts=converts):
             images = Step(
                 name="images",
-                version=2,
+                version=3,
                 function="pipeline.given_images:preprocess_images",
                 settings=_preprocess_settings(data_of_images(config, sources), given)
                 | {"sources": list(sources)},

@@ -18,7 +18,7 @@ from pipeline.storage import STORAGE_THREADS, Storage, damaged
 from pipeline.workflow import hash_json
 
 SPLITS = ("train", "validation", "test")
-UNIT_VERSION = 4  # raise when the same shard and transform make other bytes
+UNIT_VERSION = 5  # raise when the same shard and transform make other bytes
 # What is decided over all units together, not in each.
 _NOT_OF_A_UNIT = NOT_OF_THE_DATA_SET | {"max_bad_fraction", "drop_duplicates"}
 

@@ -33,9 +33,9 @@ DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
 def test_versions_are_those_of_the_golden_outputs(tiny_config: Path) -> None:
     steps = make_steps(load_config(tiny_config), [])
-    assert UNIT_VERSION == 4
+    assert UNIT_VERSION == 5
     assert {step.name: step.version for step in steps} == {
-        "preprocess": 4,
+        "preprocess": 5,
         "features": 2,
         "reference": 3,
         "train": 3,

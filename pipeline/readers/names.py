@@ -4,6 +4,7 @@ import re
 import unicodedata
 
 from pipeline.escaping import MAX_NAME_CHARACTERS, show
+from pipeline.patterns import is_hidden
 from pipeline.readers.entries import Entry, Ignored, Refusal
 from pipeline.settings import DataConfig
 from pipeline.sources import IMAGE_SUFFIXES
@@ -17,10 +18,10 @@ def item_suffixes(data: DataConfig) -> tuple[str, ...]:
 
 
 def strip_here(name: str) -> str:
-    """The name without the "./" that some programs put before every one."""
-    while name.startswith("./"):
-        name = name[2:]
-    return name
+    """The name without the "." that some programs put before every one, or amid it."""
+    if "./" not in name:
+        return name
+    return "/".join(part for part in name.split("/") if part != ".")
 
 
 def fault_of_name(name: str) -> str | None:
@@ -58,11 +59,6 @@ def judge_member(name: str, kind: str, suffixes: tuple[str, ...]) -> Entry | Non
     if fault is not None:
         return Refusal(show(name), "unsafe_name", fault)
     return Refusal(show(name), "not_a_file", f"it is {kind}")
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file is hidden, as loose ones are: by a leading dot, or by macOS."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def describe(error: BaseException) -> str:

@@ -288,6 +288,20 @@ def test_the_uri_of_a_file_leads_back_to_it(
     assert shard.sha256
 
 
+def test_a_dot_that_names_no_directory_hides_nothing(inputs_of: Callable[..., Inputs]) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("./1.png", "cats/./2.png", ".cats/3.png", "cats/.4.png"):
+        memory.pipe(f"/dots/in/{name}", b"x")
+    try:
+        (bucket,) = inputs_of("memory:///dots/in").shards
+    finally:
+        memory.rm("/dots", recursive=True)
+    assert {file.name: file.class_name for file in bucket.files} == {
+        "./1.png": "",
+        "cats/./2.png": "cats",
+    }
+
+
 def test_the_storage_root_in_the_store_of_the_sources_is_no_input(
     inputs_of: Callable[..., Inputs],
 ) -> None:

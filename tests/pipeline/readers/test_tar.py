@@ -171,8 +171,9 @@ def test_an_empty_image_is_left_to_the_decoder() -> None:
     assert read(pack([("a.png", b"")])) == [Item("a.png", b"", None)]
 
 
-def test_a_dot_and_a_slash_before_the_name_are_dropped() -> None:
-    assert outline(read(pack([("./a.png", b""), ("./a.cls", b"1")]))) == [("a.png", 1)]
+def test_dots_that_name_no_directory_are_dropped() -> None:
+    members = [("./a.png", b""), ("./a.cls", b"1"), ("d/./b.png", b""), ("././d/././b.cls", b"2")]
+    assert outline(read(pack(members))) == [("a.png", 1), ("d/b.png", 2)]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +187,7 @@ def test_a_dot_and_a_slash_before_the_name_are_dropped() -> None:
         ("a\nb.png", "a\\nb.png"),
         ("a\x1b[2Jb.png", "a\\x1b[2Jb.png"),
         (".//a.png", "/a.png"),
+        ("d/./../a.png", "d/../a.png"),
     ],
 )
 def test_an_unsafe_name_is_refused(name: str, shown: str) -> None:

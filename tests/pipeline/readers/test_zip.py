@@ -64,7 +64,7 @@ def test_every_image_comes_with_its_directory_as_class(method: int) -> None:
 
 
 def test_an_image_at_the_top_has_no_class() -> None:
-    members = [("a.png", b""), ("./b.png", b""), ("train/cats/c.png", b""), ("-1/d.png", b"")]
+    members = [("a.png", b""), ("./b.png", b""), ("train/cats/./c.png", b""), ("-1/d.png", b"")]
     assert outline(read(pack(members))) == [
         ("a.png", None),
         ("b.png", None),
