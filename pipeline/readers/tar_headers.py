@@ -27,6 +27,7 @@ _NO_CONTENT = {  # types of members that no content follows, whatever their size
     tarfile.FIFOTYPE: "a pipe",
 }
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_POSIX = b"ustar\0"
 _OCTAL = re.compile(rb"([0-7]+)[\0 ]*$")
 _PAX_SPARSE, _PAX_SPARSE_NAME = b"GNU.sparse.", b"GNU.sparse.name"
 _PAX_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]+)=")
@@ -122,9 +123,8 @@ class TarHeaders:
             name = attributes.get(_PAX_SPARSE_NAME, name)
         elif header.type not in _FILES:
             kind = f"of the unknown type {header.type!r}"
-        if name is not None:
-            header.name = name.decode("utf-8", "surrogateescape")
-        return TarMember(header.name, size, kind)
+        name = _name_of(block) if name is None else name
+        return TarMember(name.decode("utf-8", "surrogateescape"), size, kind)
 
     def _read_extended(self, size: int) -> bytes:
         if size > MAX_EXTENDED_BYTES:
@@ -159,10 +159,15 @@ def _plain_file(block: bytes) -> TarMember | None:
         return None
     if int(checksum[1], 8) != _sum_of_header(block):
         return None
-    path, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
-    if prefix:
-        path = prefix + b"/" + path
-    return TarMember(path.decode("utf-8", "surrogateescape"), int(size[1], 8), "a file")
+    name = _name_of(block).decode("utf-8", "surrogateescape")
+    return TarMember(name, int(size[1], 8), "a file")
+
+
+def _name_of(block: bytes) -> bytes:
+    """The name in a header. Only POSIX has its start elsewhere: GNU may have times there."""
+    path = block[:100].partition(b"\0")[0]
+    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == _POSIX else b""
+    return prefix + b"/" + path if prefix else path
 
 
 def _sum_of_header(block: bytes) -> int:

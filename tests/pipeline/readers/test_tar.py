@@ -236,6 +236,23 @@ def test_long_names_are_read(tar_format: int) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.AREGTYPE])
+@pytest.mark.parametrize(
+    ("magic", "rest", "name"),
+    [
+        (b"ustar\x0000", b"d", "d/a.png"),
+        (b"ustar  \0", b"15301012131\x0015301000321\0", "a.png"),  # times of an incremental tar
+        (bytes(8), b"", "a.png"),
+    ],
+)
+def test_only_posix_keeps_the_start_of_a_name_elsewhere(
+    kind: bytes, magic: bytes, rest: bytes, name: str
+) -> None:
+    block = header("a.png", kind=kind)
+    block = block[:257] + magic + block[265:345] + rest.ljust(BLOCK - 345, b"\0")
+    assert outline(read(with_checksum(block) + bytes(1024))) == [(name, None)]
+
+
 def test_sparse_files_are_refused_and_their_content_is_passed_over() -> None:
     old = bytearray(header("a.png", size=600, kind=tarfile.GNUTYPE_SPARSE))
     old[482] = 1  # another block of the map follows
