@@ -70,14 +70,14 @@ def label_of(companions: Mapping[str, bytes | str], field: str, directory: str =
     """
     if ".cls" in companions:
         return parse_label(_content_of(companions, ".cls"))
-    if ".json" in companions:
+    if ".json" in companions and field:
         try:
             value = json.loads(_content_of(companions, ".json"))
         except (ValueError, RecursionError) as error:
             raise Refused("label_invalid", "the .json file is no valid JSON") from error
-        if field and isinstance(value, dict) and field in value:
+        if isinstance(value, dict) and field in value:
             return parse_label(value[field])
-        if field not in ("", LABEL_FIELD):
+        if field != LABEL_FIELD:
             raise Refused("label_missing", f"the .json file has no field {show(field, 100)}")
     text = companions.get(".txt")
     if isinstance(text, bytes) and re.fullmatch(rb"\s*(-1|[0-9]{1,18})\s*", text):

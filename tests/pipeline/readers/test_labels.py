@@ -105,6 +105,8 @@ def test_a_field_that_the_config_names_must_be_there(content: bytes) -> None:
     assert caught.value.reason == "label_missing"
 
 
-def test_an_empty_field_reads_no_object() -> None:
-    assert label_of({".json": b'{"": 1, "label": 2}'}, "") is None
-    assert label_of({".json": b'{"label": 2}'}, "", "dogs") == "dogs"
+@pytest.mark.parametrize("content", [b'{"": 1, "label": 2}', b"{", TOO_LARGE, "is cut short"])
+def test_an_empty_field_reads_no_object(content: bytes | str) -> None:
+    assert label_of({".json": content}, "") is None
+    assert label_of({".json": content}, "", "dogs") == "dogs"
+    assert label_of({".json": content, ".txt": b"7"}, "") == 7
