@@ -13,6 +13,8 @@ from pipeline.readers.labels import (
 from pipeline.readers.names import show
 from pipeline.readers.streams import InputStream
 
+_MUST_FOLLOW = "the files of a sample must follow one another"
+
 
 class Sample:
     """The files of one key while they follow one another; the content of one image at most.
@@ -23,12 +25,14 @@ class Sample:
     Args:
         key: the common start of the names.
         suffixes: those of images, or of sequences.
-        is_repeated: whether the key came before, so that nothing here is used.
+        is_repeated: whether the key came before, so that nothing here is used; a label that comes
+            now, without an image, comes too late for one.
     """
 
     def __init__(self, key: str, suffixes: tuple[str, ...], *, is_repeated: bool) -> None:
         self.key = key
         self._suffixes, self._is_repeated = suffixes, is_repeated
+        self._is_late = is_repeated  # labels alone
         self._image: Item | Refusal | None = None
         self._spare: Item | Refusal | None = None  # the first with a longer name
         self._others: list[str] = []  # further ones with a longer name
@@ -46,8 +50,8 @@ class Sample:
         rest = name[len(self.key) :].lower()
         is_image, is_label = rest.endswith(self._suffixes), rest in LABEL_SUFFIXES
         if self._is_repeated and is_image:
-            detail = "its key came before, and the files of a sample must follow one another"
-            yield self._refuse(name, detail)
+            self._is_late = False
+            yield self._refuse(name, f"its key came before, and {_MUST_FOLLOW}")
         elif is_image and rest in self._suffixes:
             if self._image is None:
                 if self._spare is not None:
@@ -61,7 +65,7 @@ class Sample:
                 self._spare = _read_item(name, size, stream)
             else:
                 self._others.append(show(name))
-        elif is_label and not self._is_repeated:
+        elif is_label:
             if rest in self._companions:
                 yield self._refuse(name, "the sample has this file already")
             else:
@@ -70,17 +74,24 @@ class Sample:
         else:
             yield Ignored(show(name))
 
-    def finish(self, label_field: str, *, may_lack: bool = False) -> Iterator[Entry]:
+    def finish(
+        self, label_field: str, *, may_lack: bool = False, may_be_late: bool = False
+    ) -> Iterator[Entry]:
         """Yields the image with its label, and what becomes of the files not yielded before.
 
         Args:
             label_field: of the object in `.json`.
             may_lack: whether the archive ends too early, and samples before had labels: one without
                 is refused.
+            may_be_late: whether images before have no label.
         """
         item = self._image or self._spare
         if item is None:
-            yield from map(Ignored, self._companion_names)
+            names = self._companion_names
+            if self._is_late and may_be_late and self._gives_label(label_field):
+                name, *names = names
+                yield self._refuse(name, f"its label came after its image, and {_MUST_FOLLOW}")
+            yield from map(Ignored, names)
         elif isinstance(item, Refusal):
             yield item
         else:
@@ -96,6 +107,12 @@ class Sample:
                 yield self._refuse(name, f"{item.member} is the image of this sample")
             else:
                 yield Ignored(name)
+
+    def _gives_label(self, label_field: str) -> bool:
+        try:
+            return label_of(self._companions, label_field) is not None
+        except Refused:  # with its image that would be
+            return True
 
     def _refuse(self, name: str, detail: str) -> Refusal:
         key = show(self.key, 100)

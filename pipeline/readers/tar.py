@@ -21,7 +21,8 @@ def iter_tar(file: Readable, data: DataConfig) -> Iterator[Entry]:
     """Yields the samples of a tar file, in their order.
 
     The label of an image is what `.cls`, `.json` or `.txt` of its sample say; other files are
-    ignored. A damaged or missing end is one refusal, with an estimate of the images lost.
+    ignored. A label that comes later, by itself, is refused. A damaged or missing end is one
+    refusal, with an estimate of the images lost.
 
     Args:
         file: read once from its start; may be compressed with gzip, bzip2 or xz.
@@ -69,7 +70,7 @@ def _judge_end(
 
 def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) -> Iterator[Entry]:
     suffixes, keys, sample = item_suffixes(data), _Keys(), None
-    has_labels = False
+    has_labels = has_unlabelled = False
     for member in headers:
         name = strip_here(member.name)
         if member.kind == "a directory":
@@ -81,14 +82,16 @@ def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) ->
         key = name if dot < 0 else name[:dot]
         if sample is None or sample.key != key:
             if sample is not None:
-                for entry in sample.finish(data.label_field):
-                    has_labels |= isinstance(entry, Item) and entry.label is not None
+                for entry in sample.finish(data.label_field, may_be_late=has_unlabelled):
+                    if isinstance(entry, Item):
+                        has_labels |= entry.label is not None
+                        has_unlabelled |= entry.label is None
                     yield entry
             sample = Sample(key, suffixes, is_repeated=not keys.add(key))
         yield from sample.add(name, member.size, stream)
     if sample is not None:
         may_lack = has_labels and headers.end != "mark"
-        yield from sample.finish(data.label_field, may_lack=may_lack)
+        yield from sample.finish(data.label_field, may_lack=may_lack, may_be_late=has_unlabelled)
 
 
 class _Keys:

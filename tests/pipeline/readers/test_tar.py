@@ -158,6 +158,28 @@ def test_a_key_that_comes_again_later_is_refused() -> None:
     ]
 
 
+def test_a_label_that_comes_after_its_image_is_refused() -> None:
+    members = [("a.png", b""), ("b.png", b""), ("c.png", b""), ("a.cls", b"1"), ("b.json", b"{")]
+    members += [("b.txt", b"a dog"), ("c.json", b"{}"), ("c.txt", b"a cat")]
+    entries = read(pack(members))
+    assert outline(entries) == [
+        ("a.png", None), ("b.png", None), ("c.png", None),
+        ("a.cls", "duplicate_key", 1),
+        ("b.json", "duplicate_key", 1), ("b.txt", "ignored", 0),
+        ("c.json", "ignored", 0), ("c.txt", "ignored", 0),
+    ]  # fmt: skip
+    assert isinstance(entries[3], Refusal)
+    assert entries[3].detail.startswith("its label came after its image, and the files of a sample")
+    no_json = DATA.model_copy(update={"label_field": ""})
+    assert ("b.json", "ignored", 0) in outline(read(pack(members), no_json))
+
+
+@pytest.mark.parametrize("first", ["", "a.cls b.cls", "a.png a.cls b.png b.cls"])
+def test_a_label_that_no_image_lacks_is_ignored(first: str) -> None:
+    names = [*first.split(), "a.json", "b.json", "c.json", "a.txt", "b.txt"]
+    assert not any(isinstance(entry, Refusal) for entry in read(pack([(n, b"7") for n in names])))
+
+
 def test_files_that_belong_to_no_image_are_ignored() -> None:
     members = [("README", b""), ("a.txt", b"7"), ("a.xyz", b""), (".DS_Store", b""), ("b.png", b"")]
     members += [(".hidden.png", b""), ("__MACOSX/b.png", b""), ("d/._b.png", b"")]
