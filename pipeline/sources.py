@@ -31,8 +31,11 @@ _SUFFIXES: dict[str, Format] = {
     ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".tar.bz2": "tar", ".tar.xz": "tar",
     ".zip": "zip", ".parquet": "parquet", ".pq": "parquet",
 }  # fmt: skip
-_IDX_IMAGES = re.compile(r"images([-.])idx[34]-ubyte(\.gz)?$")
-_IDX_LABELS = re.compile(r"labels[-.]idx1-ubyte(\.gz)?$")
+_IDX_IMAGES = re.compile(r"images[-.]idx[34]-ubyte(\.gz)?$", re.IGNORECASE)
+_IDX_LABELS = re.compile(r"labels[-.]idx1-ubyte(\.gz)?$", re.IGNORECASE)
+_IDX_PARTS = re.compile(  # of a URI, which may go on behind its path
+    r"(.*)(images)([-.])(idx)[34](-ubyte)(?:\.gz)?(.*)", re.IGNORECASE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ def list_inputs(
     shards = [*_containers(files, data), *_buckets(loose)]
     used = {file.uri: file for shard in shards for file in shard.files}
     ignored.update(file.name for file in files if file.uri not in used)  # labels of no images
+    unlabelled = {s.files[0].uri for s in shards if s.format == "idx" and len(s.files) == 1}
     for pattern in data.sources:
         _check_pattern(pattern, [used[uri] for uri in uris[pattern] if uri in used], data)
+        _check_pairs(uris[pattern] & unlabelled, uris[pattern] - used.keys())
     hashed = hash_files(list(used.values()), storage, read_remote=read_remote, on_hash=on_hash)
     known = {file.uri: file for file in hashed}
     shards = [replace(s, files=tuple(known[file.uri] for file in s.files)) for s in shards]
@@ -200,6 +205,16 @@ def _check_pattern(pattern: str, files: Sequence[InputFile], data: DataConfig) -
         )
 
 
+def _check_pairs(images: Set[str], labels: Set[str]) -> None:
+    """Raises where IDX images lack labels though there are labels that lack images."""
+    if images and labels:
+        raise DataError(
+            f"{show(min(images))} has no labels beside it, and {show(min(labels))} no images. Name "
+            "them like train-images-idx3-ubyte and train-labels-idx1-ubyte, in one directory, or "
+            "leave the labels out of data.sources."
+        )
+
+
 def _with_unique_names(files: Iterable[InputFile]) -> list[InputFile]:
     """Files of one name in several sources get more of their paths, until all are told apart."""
     named: dict[str, InputFile] = {}
@@ -216,7 +231,7 @@ def _with_unique_names(files: Iterable[InputFile]) -> list[InputFile]:
 def format_of(name: str) -> Format | None:
     """What kind of shard a file is by its name; None when the name does not tell."""
     lower = PurePosixPath(name).name.lower()
-    if _IDX_IMAGES.search(lower):
+    if _IDX_IMAGES.search(name):
         return "idx"
     if lower.endswith(IMAGE_SUFFIXES):
         return "files"
@@ -228,27 +243,25 @@ def format_of(name: str) -> Format | None:
 def _is_wanted(file: InputFile, pattern: str, data: DataConfig) -> bool:
     """Whether a file takes part; one that was named itself must."""
     kind = format_of(file.name)
-    if kind is None and file.is_named and not _IDX_LABELS.search(file.name.lower()):
+    if kind is None and file.is_named and not _IDX_LABELS.search(file.name):
         raise DataError(
             f"{show(pattern)} does not tell by its name what it is. Name it .tar, .zip, .parquet, "
             ".npy, .npz, *-images-idx3-ubyte, or give a directory of images."
         )
     if data.is_sequence:
         return kind in ("tar", "zip", "parquet", "npy", "npz")
-    return kind in ("tar", "zip", "parquet", "idx", "files") or bool(
-        _IDX_LABELS.search(file.name.lower())
-    )
+    return kind in ("tar", "zip", "parquet", "idx", "files") or bool(_IDX_LABELS.search(file.name))
 
 
 def _containers(files: Sequence[InputFile], data: DataConfig) -> list[InputShard]:
-    by_uri = {file.uri: file for file in files}
+    all_labels = _idx_labels(files)
     shards = []
     for file in files:
         kind = format_of(file.name)
         if kind is None or _is_loose(file, kind, data):
             continue
         parts = [file]
-        if kind == "idx" and (labels := _labels_of(file, by_uri)) is not None:
+        if kind == "idx" and (labels := _labels_of(file, all_labels)) is not None:
             parts.append(labels)
         for part in parts:
             if part.fault:  # nobody knows how many images are missing
@@ -266,25 +279,44 @@ def _is_loose(file: InputFile, kind: Format, data: DataConfig) -> bool:
     return kind == "npy" and file.num_bytes < LOOSE_ITEMS * 4 * data.shape[0] * data.shape[1]
 
 
-def _labels_of(images: InputFile, by_uri: dict[str, InputFile]) -> InputFile | None:
-    """The labels that lie beside an IDX file of images."""
-    found = (by_uri.get(uri) for uri in _label_names(images.uri))
+def _idx_labels(files: Iterable[InputFile]) -> dict[str, InputFile]:
+    """The IDX files of labels, by URI and by that with the name in lower case."""
+    by_uri = {file.uri: file for file in files if _IDX_LABELS.search(file.name)}
+    return {_lower_name(uri): file for uri, file in by_uri.items()} | by_uri
+
+
+def _labels_of(images: InputFile, labels: Mapping[str, InputFile]) -> InputFile | None:
+    """The labels that lie beside an IDX file of images, in whatever case."""
+    names = _label_names(images.uri)
+    found = (labels.get(uri) for uri in (*names, *map(_lower_name, names)))
     return next((file for file in found if file is not None), None)
 
 
+def _lower_name(uri: str) -> str:
+    directory, slash, name = uri.rpartition("/")
+    return f"{directory}{slash}{name.lower()}"
+
+
 def _label_names(images: str) -> list[str]:
-    """What the labels of an IDX file of images may be called, compressed or not."""
-    plain = re.sub(r"\.gz$", "", images)
-    start = plain.lower().rindex("images")
-    rest = re.sub(r"idx[34]", "idx1", plain[start + len("images") :], flags=re.IGNORECASE)
-    return [f"{plain[:start]}labels{rest}{suffix}" for suffix in ("", ".gz")]
+    """What the labels of an IDX file of images may be called in its case, compressed or not."""
+    parts = _IDX_PARTS.fullmatch(images)
+    assert parts is not None  # `format_of` says so
+    start, word, mark, idx, ubyte, rest = parts.groups()
+    word = {"IMAGES": "LABELS", "Images": "Labels"}.get(word, "labels")
+    marks = (mark, "." if mark == "-" else "-")
+    return [
+        f"{start}{word}{mark}{idx}1{ubyte}{suffix}{rest}"
+        for mark in marks
+        for suffix in ("", ".gz")
+    ]
 
 
 def _with_labels(found: list[InputFile], storage: Storage) -> list[InputFile]:
     """Adds the labels of IDX files whose pattern matches only the images."""
     by_uri = {file.uri: file for file in found}
+    all_labels = _idx_labels(found)
     for images in found:
-        if format_of(images.name) != "idx" or _labels_of(images, by_uri) is not None:
+        if format_of(images.name) != "idx" or _labels_of(images, all_labels) is not None:
             continue
         for uri, name in zip(_label_names(images.uri), _label_names(images.name), strict=True):
             for labels in match_beside(images, uri, name, storage):

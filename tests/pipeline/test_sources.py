@@ -69,27 +69,60 @@ def test_a_directory_gives_all_its_formats(
         ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"),
         ("t10k-images.idx3-ubyte.gz", "t10k-labels.idx1-ubyte"),
         ("train-images-idx4-ubyte", "train-labels-idx1-ubyte"),
+        ("train-images.idx3-ubyte", "train-labels-idx1-ubyte"),
+        ("TRAIN-IMAGES-IDX3-UBYTE.GZ", "TRAIN-LABELS-IDX1-UBYTE"),
+        ("Train-Images-idx3-ubyte", "train-labels-idx1-ubyte"),
     ],
 )
+@pytest.mark.parametrize("directory", ["in", "İ images"])
 def test_the_labels_of_an_idx_file_are_found_beside_it(
+    tmp_path: Path, inputs_of: Callable[..., Inputs], directory: str, images: str, labels: str
+) -> None:
+    write(tmp_path / directory / images)
+    write(tmp_path / directory / labels, b"one")
+    (shard,) = inputs_of(f"{directory}/*[uU][bB]*").shards
+    assert [file.name for file in shard.files] == [images, labels]
+    before = shard.sha256
+    write(tmp_path / directory / labels, b"two")
+    assert inputs_of(f"{directory}/*[uU][bB]*").shards[0].sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"),
+        ("İ/images.idx3-ubyte", "İ/labels-idx1-ubyte"),
+        ("TRAIN-IMAGES-IDX3-UBYTE", "TRAIN-LABELS-IDX1-UBYTE"),
+    ],
+)
+def test_an_idx_file_named_alone_brings_its_labels(
     tmp_path: Path, inputs_of: Callable[..., Inputs], images: str, labels: str
 ) -> None:
     write(tmp_path / images)
-    write(tmp_path / labels, b"one")
-    (shard,) = inputs_of("*ubyte*").shards
-    assert [file.name for file in shard.files] == [images, labels]
-    before = shard.sha256
-    write(tmp_path / labels, b"two")
-    assert inputs_of("*ubyte*").shards[0].sha256 != before
+    write(tmp_path / labels)
+    (shard,) = inputs_of(images).shards
+    assert len(shard.files) == 2
 
 
-def test_an_idx_file_named_alone_brings_its_labels(
+def test_names_that_differ_in_case_alone_are_paired_by_it(
     tmp_path: Path, inputs_of: Callable[..., Inputs]
 ) -> None:
-    write(tmp_path / "images-idx3-ubyte.gz")
-    write(tmp_path / "labels-idx1-ubyte.gz")
-    (shard,) = inputs_of("images-idx3-ubyte.gz").shards
-    assert len(shard.files) == 2
+    for word in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        for start in ("Train", "train"):
+            write(tmp_path / "in" / f"{start}-{word}")
+    pairs = [[file.name[:5] for file in shard.files] for shard in inputs_of("in").shards]
+    assert pairs == [["Train", "Train"], ["train", "train"]]
+
+
+def test_labels_that_lie_elsewhere_than_their_images_are_told(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    write(tmp_path / "in" / "images" / "train-images-idx3-ubyte")
+    labels = write(tmp_path / "in" / "labels" / "train-labels-idx1-ubyte")
+    told = rf"train-images-idx3-ubyte has no labels beside it, and {labels} no images\. Name them"
+    with pytest.raises(DataError, match=told):
+        inputs_of("in")
+    assert [len(shard.files) for shard in inputs_of("in/images").shards] == [1]
 
 
 def test_the_labels_of_an_idx_file_are_those_of_its_own_source(
