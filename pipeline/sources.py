@@ -56,11 +56,16 @@ class InputShard:
 
     @property
     def sha256(self) -> str | None:
-        """The hash of the content; names and classes included where there are several files."""
+        """The hash of the content; names and classes included where there are several files.
+
+        Of an npy file the class is, where its name does not tell it.
+        """
         if any(file.sha256 is None for file in self.files):
             return None
         if self.format != "files" and len(self.files) == 1:
-            return self.files[0].sha256
+            (file,) = self.files
+            if self.format != "npy" or PurePosixPath(file.name).parent.name == file.class_name:
+                return file.sha256
         parts = [f"{f.sha256} {f.name}\0{f.class_name}\0" for f in self.files]
         return hashlib.sha256("".join(parts).encode(errors="surrogatepass")).hexdigest()
 

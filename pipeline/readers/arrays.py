@@ -3,6 +3,7 @@
 Arrays are read one sequence at a time, except those in Fortran order.
 """
 
+import itertools
 import math
 from collections.abc import Generator, Iterator
 from typing import IO
@@ -41,7 +42,9 @@ _Labels = Iterator[Label | Refused]
 _LACKING = Refused("label_missing", "there are fewer labels")
 
 
-def iter_npy(file: Readable, data: DataConfig, member: str = "") -> Iterator[Entry]:
+def iter_npy(
+    file: Readable, data: DataConfig, member: str = "", label: Label = None
+) -> Iterator[Entry]:
     """Yields the sequences of an npy file.
 
     Args:
@@ -49,8 +52,9 @@ def iter_npy(file: Readable, data: DataConfig, member: str = "") -> Iterator[Ent
             once from its start.
         data: the shape [C, L].
         member: what the file is called; several sequences are numbered below it.
+        label: of all sequences.
     """
-    yield from _iter_sequences(InputStream(file), data, member, None)
+    yield from _iter_sequences(InputStream(file), data, member, itertools.repeat(label))
 
 
 def iter_npz(file: IO[bytes], data: DataConfig) -> Iterator[Entry]:

@@ -3,12 +3,13 @@
 import io
 from collections.abc import Iterator
 
-from pipeline.identities import open_once
+from pipeline.identities import InputFile, open_once
 from pipeline.readers.arrays import iter_npy
 from pipeline.readers.entries import (
     MAX_FILE_BYTES,
     Entry,
     Item,
+    Label,
     Refusal,
     Refused,
 )
@@ -36,15 +37,28 @@ def iter_files(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
             yield Refusal(file.name, "too_large", detail)
             continue
         try:
-            label = parse_label(file.class_name) if file.class_name and data.label_field else None
+            label = class_of(file, data)
         except Refused as refused:
-            detail = f"its directory is no class: {refused.detail}; see data.label_field"
-            yield Refusal(file.name, refused.reason, detail)
+            yield Refusal(file.name, refused.reason, refused.detail)
             continue
         with open_once(file) as opened:
             content = opened.read()
-        if not data.is_sequence:
+        if data.is_sequence:
+            yield from iter_npy(io.BytesIO(content), data, file.name, label)
+        else:
             yield Item(file.name, content, label)
-            continue
-        for entry in iter_npy(io.BytesIO(content), data, member=file.name):
-            yield Item(entry.member, entry.content, label) if isinstance(entry, Item) else entry
+
+
+def class_of(file: InputFile, data: DataConfig) -> Label:
+    """The class that the directory of a file is.
+
+    Raises:
+        Refused: it is none.
+    """
+    if not (file.class_name and data.label_field):
+        return None
+    try:
+        return parse_label(file.class_name)
+    except Refused as refused:
+        detail = f"its directory is no class: {refused.detail}; see data.label_field"
+        raise Refused(refused.reason, detail) from refused

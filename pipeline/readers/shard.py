@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pipeline.errors import DataError
 from pipeline.identities import open_once, open_seekable
 from pipeline.readers.arrays import iter_npy, iter_npz
-from pipeline.readers.entries import Entry, MismatchError
-from pipeline.readers.files import iter_files
+from pipeline.readers.entries import Entry, MismatchError, Refusal, Refused
+from pipeline.readers.files import class_of, iter_files
 from pipeline.readers.idx import iter_idx
 from pipeline.readers.parquet import iter_parquet
 from pipeline.readers.tar import iter_tar
@@ -48,7 +48,15 @@ def _iter_format(shard: InputShard, data: DataConfig) -> Iterator[Entry]:
                 second = shard.files[1]
                 with open_once(second) as labels:
                     yield from iter_idx(images, labels, data)
+        case "npy":
+            try:
+                label = class_of(first, data)
+            except Refused as refused:
+                yield Refusal("", refused.reason, refused.detail, hides_more=True)
+                return
+            with open_seekable(first) as file:
+                yield from iter_npy(file, data, label=label)
         case _:
-            read = {"zip": iter_zip, "parquet": iter_parquet, "npy": iter_npy, "npz": iter_npz}
+            read = {"zip": iter_zip, "parquet": iter_parquet, "npz": iter_npz}
             with open_seekable(first) as file:
                 yield from read[shard.format](file, data)

@@ -291,6 +291,24 @@ def test_a_loose_sequence_is_stored_or_refused_as_one_in_a_tar_is(
     }
 
 
+@pytest.mark.parametrize("count", [2, 50])
+def test_the_directory_of_an_array_is_its_class_whatever_its_size(
+    tmp_path: Path, convert: Callable[..., Result], count: int
+) -> None:
+    settings = {"resolution": None, "sequence_shape": (2, 16)}
+    array = np.random.default_rng(0).normal(size=(count, 2, 16)).astype(np.float32)
+    for name in ("worn", "x" * 101):
+        (tmp_path / f"of {name}" / name).mkdir(parents=True)
+        np.save(tmp_path / f"of {name}" / name / "a.npy", array)
+    for field, label in (("label", "worn"), ("", None)):
+        rows = convert(tmp_path / "of worn", label_field=field, **settings).rows()
+        assert [found for _, found in rows.values()] == [label] * count
+    (refused,) = convert(tmp_path / f"of {'x' * 101}", **settings).manifest["refused"]
+    assert refused["source"] == f"{'x' * 101}/a.npy"
+    assert refused["detail"].startswith("its directory is no class: a label has 1 to 100")
+    assert refused.get("hides_more", False) == (count > 2)
+
+
 def test_a_sequence_has_the_same_split_and_hash_in_whatever_it_comes(
     tmp_path: Path, make_tar: Callable[..., Path], convert: Callable[..., Result]
 ) -> None:

@@ -234,6 +234,21 @@ def test_a_renamed_loose_file_is_noticed(tmp_path: Path, inputs_of: Callable[...
     assert before.sha256 != after.sha256
 
 
+def test_a_class_is_in_the_hash_of_an_array_where_its_name_does_not_tell_it(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    content = bytes(100_000)
+    for name in ("a/1.npy", "b/1.npy", "b/cats/2.npy"):
+        write(tmp_path / name, content)
+    shards = inputs_of("a", "b", sequence_shape=(2, 16)).shards
+    whole = str(tmp_path / "b" / "1.npy").lstrip("/")
+    assert {shard.name: shard.files[0].class_name for shard in shards} == {
+        "1.npy": "", "cats/2.npy": "cats", whole: "",
+    }  # fmt: skip
+    plain = hashlib.sha256(content).hexdigest()
+    assert {shard.name for shard in shards if shard.sha256 == plain} == {"1.npy", "cats/2.npy"}
+
+
 def test_nothing_at_the_path(inputs_of: Callable[..., Inputs]) -> None:
     for pattern in ("none.tar", "*.tar", "nowhere/"):
         with pytest.raises(DataError, match=r"There are no images at .*\. Check data\.sources"):
