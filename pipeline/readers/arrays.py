@@ -122,6 +122,9 @@ def _iter_sequences(
     try:
         header = read_header(stream)
         is_one, num_sequences = _count_sequences(header, data)
+        if not num_sequences:
+            yield Refusal(member, "empty", "the array holds no sequences")
+            return 0
         for sequence in _iter_arrays(stream, header, is_one=is_one):
             name = f"{member}/{count:08d}" if member else f"{count:08d}"
             if is_one and member:
