@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 from pipeline.readers.entries import MAX_FILE_BYTES, Reason, Refused
@@ -20,6 +20,7 @@ MAX_DIRECTORY_BYTES = 1 << 27  # a million members or more; zipfile holds them i
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of others zipfile bounds no output
 READ_BYTES = 1 << 18
 _LOCAL_HEADER_BYTES = 30
+_IS_UTF8 = 1 << 11  # a flag
 _LOCAL_HEADER = b"PK\x03\x04"
 _END, _LARGE_END = b"PK\x05\x06", b"PK\x06\x06"  # of the directory; of one of 65,535 or more
 _END_BYTES = (1 << 16) + 256  # of the file, which both are in, whatever comment follows them
@@ -142,9 +143,16 @@ class ZipInput:
 
 
 def name_of(info: zipfile.ZipInfo) -> str:
-    """The name of a member; zipfile hides what follows a NUL in it."""
+    """The name of a member; zipfile hides what follows a NUL in it.
+
+    One that is not said to be UTF-8, and is, is read so: Info-ZIP and macOS do not say it.
+    """
     hides = "\0" in info.orig_filename
-    return strip_here(info.orig_filename if hides else info.filename)
+    name = info.orig_filename if hides else info.filename
+    if not (name.isascii() or info.flag_bits & _IS_UTF8):
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()  # zipfile decoded it
+    return strip_here(name)
 
 
 def kind_of(info: zipfile.ZipInfo) -> str:

@@ -73,6 +73,16 @@ def test_an_image_at_the_top_has_no_class() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [("äpfel".encode(), "äpfel"), (b"\x84pfel", "äpfel"), (b"\xe4\xffl", "Σ\\xa0l")],
+)
+def test_a_name_in_utf_8_that_does_not_say_so_is_read(raw: bytes, shown: str) -> None:
+    content = pack([("x" * len(raw) + "/1.png", b"")]).replace(b"x" * len(raw), raw)
+    (entry,) = read(content)
+    assert entry.member == f"{shown}/1.png"
+
+
 def test_companions_give_the_label_wherever_they_lie() -> None:
     members = [
         ("cat/a.png", b""), ("cat/b.v2.png", b""), ("dog/c.png", b""), ("dog/d.png", b""),
