@@ -21,6 +21,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of others zipfile bounds
 READ_BYTES = 1 << 18
 _LOCAL_HEADER_BYTES = 30
 _IS_UTF8 = 1 << 11  # a flag
+_COUNTS = 1 << 16  # of members, in the short form of the end of the directory
 _LOCAL_HEADER = b"PK\x03\x04"
 _END, _LARGE_END = b"PK\x05\x06", b"PK\x06\x06"  # of the directory; of one of 65,535 or more
 _END_BYTES = (1 << 16) + 256  # of the file, which both are in, whatever comment follows them
@@ -86,7 +87,8 @@ class ZipInput:
             return None
         (count,) = struct.unpack_from("<H", tail, end + 10)
         if count < 0xFFFF:
-            return count
+            num_read = len(self._archive.filelist)  # some write its lower half alone
+            return num_read if num_read % _COUNTS == count else count
         large = tail.rfind(_LARGE_END, 0, end)
         return struct.unpack_from("<Q", tail, large + 32)[0] if 0 <= large <= end - 40 else None
 

@@ -285,6 +285,15 @@ def test_more_members_than_the_short_count_holds_are_counted(monkeypatch: Any) -
     assert len(items) == 4
 
 
+def test_a_short_count_may_have_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zip_members, "_COUNTS", 4)
+    content = pack([(f"a/{k}.png", b"x") for k in range(6)])
+    counts = {2: 6, 1: 7, 7: 7}
+    for short, entries in counts.items():
+        changed = patch(content, content.rindex(b"PK\x05\x06") + 10, "<H", short)
+        assert len(read(changed)) == entries
+
+
 def test_a_directory_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zip_members, "MAX_DIRECTORY_BYTES", 1 << 17)
     content = pack([(f"{k:060d}.png", b"") for k in range(1500)])
