@@ -39,6 +39,7 @@ _OPENERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"GIF87a", GifImageFile),
     (b"GIF89a", GifImageFile),
 )
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # the end, or one that a length follows
 _PILLOW = r"PIL\."
 _QUIET = ("ignore", None, Warning, re.compile(_PILLOW), 0)
 
@@ -108,15 +109,31 @@ def check_work(image: ImageFile, content: bytes, data: DataConfig) -> None:
         assert image.fp is not None  # not decoded yet: it stands behind the head of the first scan
         of_all_layers = b"\xff\xda\0" + bytes((6 + 2 * image.layers, image.layers))
         head = image.fp.tell() - 2 * image.layers - 8
-        if "progressive" in image.info or not content.startswith(of_all_layers, head):
-            num_scans = content.count(b"\xff\xda")
-            if num_scans > MAX_JPEG_SCANS:
-                raise Refused("undecodable", f"{num_scans} scans are more than {MAX_JPEG_SCANS}")
+        has_more = "progressive" in image.info or not content.startswith(of_all_layers, head)
+        if has_more and _has_too_many_scans(content):
+            raise Refused("undecodable", f"it has more than {MAX_JPEG_SCANS} scans")
     elif isinstance(image, TiffImageFile):
         _check_tiff(image, content, data)
     elif isinstance(image, BmpImageFile) and image.width * image.height > 128 * len(content):
         # only run lengths could say so much, 255 pixels in two bytes, and they are decoded slowly
         raise Refused("truncated", f"{len(content)} bytes are too few for its pixels")
+
+
+def _has_too_many_scans(content: bytes) -> bool:
+    """Goes from marker to marker as libjpeg does, up to the end of the image.
+
+    What follows that, or is in a segment, is no scan; nor is an end in a segment one.
+    """
+    if content.count(b"\xff\xda") <= MAX_JPEG_SCANS:
+        return False
+    start, count = 2, 0
+    while count <= MAX_JPEG_SCANS and (marker := _JPEG_MARKER.search(content, start)):
+        if marker[0] == b"\xff\xd9":
+            break
+        count += marker[0] == b"\xff\xda"
+        body = marker.end()
+        start = body + max(2, int.from_bytes(content[body : body + 2], "big"))
+    return count > MAX_JPEG_SCANS
 
 
 def _check_tiff(image: TiffImageFile, content: bytes, data: DataConfig) -> None:

@@ -84,6 +84,11 @@ def png(width: int, height: int, depth: int, colour: int, pixels: bytes, **chunk
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    """Of a JPEG."""
+    return bytes((0xFF, marker)) + struct.pack(">H", 2 + len(body)) + body
+
+
 def tiff(pixels: bytes, **changes: tuple[int, ...] | None) -> bytes:
     """A TIFF by hand: grey, 16 x 16, all in one strip, but for what is changed."""
     tags: dict[str, tuple[int, ...] | None] = {
@@ -596,7 +601,26 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     content = encode(picture(), "JPEG", progressive=True)
     scan = content[content.rindex(b"\xff\xda") : -2]
     assert decode(content[:-2] + 50 * scan + content[-2:]).shape == (3, 16, 16)
-    assert refusal(content[:-2] + 500 * scan + content[-2:])[0] == "undecodable"
+    many = 500 * scan + content[-2:]
+    assert refusal(content[:-2] + many)[0] == "undecodable"
+    assert decode(content + many).shape == (3, 16, 16)
+    assert decode(content[:2] + segment(0xFE, 200 * b"\xff\xda") + content[2:]).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"\xff\xfe\0\4\xff\xd9",  # in a segment
+        b"\xff\xfe\0\0\xff\xfe\0\4\xff\xd9",  # behind one of a wrong length
+        b"\xff\0\xd9\xff\xff\0\xd9",  # of stuffed bytes
+        b"\xff\xd0\xff\x01\xff\x02\xff\xff",  # markers without a length, which hide none
+    ],
+)
+def test_an_end_that_is_none_hides_no_scans(end: bytes) -> None:
+    content = encode(picture(), "JPEG", progressive=True)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    told = refusal(content[:-2] + end + 500 * scan + content[-2:])
+    assert told == ("undecodable", "it has more than 100 scans")
 
 
 def test_tiles_far_larger_than_their_image_are_refused() -> None:
