@@ -12,7 +12,7 @@ import re
 import struct
 import warnings
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as Tag
 from PIL.GifImagePlugin import GifImageFile
@@ -49,15 +49,17 @@ with contextlib.suppress(OSError, AttributeError):  # linked otherwise, libtiff 
 
 
 def prepare_pillow(data: DataConfig) -> None:
-    """Keeps Pillow's warnings in, and its pixel limit above ours.
+    """Keeps Pillow's warnings in, its pixel limit above ours, and that of text in a PNG high.
 
-    Both are of the whole process and never taken back: entering and leaving
+    They are of the whole process and never taken back: entering and leaving
     `warnings.catch_warnings` for each image would mix up the filters of threads.
     """
     if _QUIET not in warnings.filters[:1]:
         warnings.filterwarnings("ignore", module=_PILLOW)
     if Image.MAX_IMAGE_PIXELS is not None and data.max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = data.max_pixels
+    # Colour profiles and what programs note are longer than 1 MiB; all together may be 64.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def open_image(content: bytes, data: DataConfig) -> ImageFile:

@@ -665,6 +665,18 @@ def test_decoders_neither_warn_nor_log_nor_print(
     assert (caught, caplog.records) == ([], [])
 
 
+def noted(num_bytes: int, kind: bytes) -> bytes:
+    """A PNG of one grey pixel with a chunk that inflates to so many bytes."""
+    start = b"XML:com.adobe.xmp\0\1\0\0\0" if kind == b"iTXt" else b"x\0\0"
+    return png(1, 1, 8, 0, b"\0", **{kind.decode(): start + zlib.compress(bytes(num_bytes))})
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_what_a_png_notes_may_be_long_and_is_bounded(kind: bytes) -> None:
+    assert decode(noted(5 << 20, kind)).shape == (3, 16, 16)
+    assert refusal(noted(65 << 20, kind))[0] == "undecodable"
+
+
 def test_warnings_of_others_are_left_alone() -> None:
     decode(encode(picture()))
     with pytest.raises(UserWarning):
