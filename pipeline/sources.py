@@ -105,19 +105,21 @@ def list_inputs(
     """
     found: dict[str, InputFile] = {}  # by URI, for patterns may overlap
     uris: dict[str, set[str]] = {}  # by pattern
-    ignored: set[str] = set()
+    ignored: dict[str, str] = {}  # name by URI
     for pattern in data.sources:
         matches = _with_labels(match(pattern, storage), storage)
         wanted = [file for file in matches if _is_wanted(file, pattern, data)]
-        ignored.update({file.name for file in matches} - {file.name for file in wanted})
         uris[pattern] = {file.uri for file in wanted}
+        for file in matches:
+            if file.uri not in uris[pattern]:
+                ignored.setdefault(file.uri, file.name)
         for file in wanted:
             found.setdefault(file.uri, file)
     files = _with_unique_names(found.values())
     loose = [f for f in files if (kind := format_of(f.name)) and _is_loose(f, kind, data)]
     shards = [*_containers(files, data), *_buckets(loose)]
     used = {file.uri: file for shard in shards for file in shard.files}
-    ignored.update(file.name for file in files if file.uri not in used)  # labels of no images
+    ignored |= {file.uri: file.name for file in files if file.uri not in used}  # labels alone
     unlabelled = {s.files[0].uri for s in shards if s.format == "idx" and len(s.files) == 1}
     for pattern in data.sources:
         _check_pattern(pattern, [used[uri] for uri in uris[pattern] if uri in used], data)
@@ -131,7 +133,7 @@ def list_inputs(
             "All input shards are named by data.leave_out. Give others in data.sources, or shorten "
             "data.leave_out."
         )
-    return Inputs(used_shards, sorted(ignored))
+    return Inputs(used_shards, sorted(ignored.values()))
 
 
 def loose_files(shards: Iterable[InputShard]) -> dict[str, str | None]:

@@ -249,6 +249,22 @@ def test_a_class_is_in_the_hash_of_an_array_where_its_name_does_not_tell_it(
     assert {shard.name for shard in shards if shard.sha256 == plain} == {"1.npy", "cats/2.npy"}
 
 
+def test_files_that_are_nothing_are_counted_once_each(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    for name in (
+        "a/1.png",
+        "a/notes.txt",
+        "a/deep/2.png",
+        "a/deep/x.txt",
+        "b/1.png",
+        "b/notes.txt",
+    ):
+        write(tmp_path / name)
+    ignored = inputs_of("a", "b", "a/deep").ignored
+    assert ignored == ["deep/x.txt", "notes.txt", "notes.txt"]
+
+
 def test_nothing_at_the_path(inputs_of: Callable[..., Inputs]) -> None:
     for pattern in ("none.tar", "*.tar", "nowhere/"):
         with pytest.raises(DataError, match=r"There are no images at .*\. Check data\.sources"):
