@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.errors import DataError
 from pipeline.hidden import estimate_hidden
 from pipeline.settings import NOT_OF_THE_DATA_SET, DataConfig
+from pipeline.shards import is_number
 from pipeline.sources import InputShard
 from pipeline.storage import STORAGE_THREADS, Storage, damaged
 from pipeline.units import SPLITS, unit_directory
@@ -65,7 +66,6 @@ def make_document(
         left_out["duplicate"] = _exclude_duplicates(
             storage, units, rows, counts, labels, unlabelled, sums
         )
-    has_names = any(unit["splits"][split]["has_names"] for unit in units for split in SPLITS)
     seen = {label for split in SPLITS for label in labels[split] if labels[split][label]}
     refused = estimate_hidden(shards, units)
     by_reason = Counter[str]()
@@ -81,7 +81,7 @@ def make_document(
         "channel_std": std,
         "labels": {split: _sorted_labels(labels[split]) for split in SPLITS},
         "unlabelled": {split: unlabelled[split] for split in SPLITS},
-        "classes": sorted(seen) if has_names else None,
+        "classes": None if all(map(is_number, seen)) else sorted(seen),
         "refused": {
             "count": sum(by_reason.values()),
             "by_reason": {reason: n for reason, n in by_reason.most_common() if n},
@@ -207,6 +207,6 @@ def _sorted_labels(labels: Counter[str]) -> dict[str, int]:
     """Numbers by their size, then names."""
 
     def order(label: str) -> tuple[bool, int, str]:
-        return not label.isdigit(), len(label) if label.isdigit() else 0, label
+        return not is_number(label), len(label) if is_number(label) else 0, label
 
     return {label: labels[label] for label in sorted(labels, key=order) if labels[label] > 0}

@@ -181,6 +181,11 @@ def open_table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
+def is_number(label: str) -> bool:
+    """Whether a label is a class number: no name of a class is written so."""
+    return label.isascii() and label.isdigit()
+
+
 def number_classes(classes: Sequence[str] | None) -> dict[str, int] | None:
     """Class ids by name; None where labels are numbers."""
     return None if classes is None else {name: id_ for id_, name in enumerate(classes)}
@@ -262,10 +267,10 @@ def locate(ends: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _label_ids(column: pa.Array, ids: Mapping[str, int] | None) -> np.ndarray:
     """Labels as int64, -1 where there is none, or a name that only rows have that are not seen."""
     if isinstance(column, pa.DictionaryArray):
-        assert ids is not None  # names in one shard are names in all
-        table = np.array(
-            [ids.get(name, -1) for name in column.dictionary.to_pylist()] or [-1], np.int64
-        )
+        names = column.dictionary.to_pylist()
+        if ids is None:  # what is a name is not seen
+            ids = {name: int(name) for name in names if is_number(name)}
+        table = np.array([ids.get(name, -1) for name in names] or [-1], np.int64)
         codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         return np.where(codes < 0, -1, table[codes])
     numbers = column.fill_null(-1).to_numpy(zero_copy_only=False)

@@ -91,7 +91,6 @@ class SplitWriter:
             "count": self.count,
             "labels": dict(sorted(Counter(names).items())),
             "unlabelled": sum(label is None for label in self.all_labels),
-            "has_names": any(isinstance(label, str) for label in self.all_labels),
             "channel_sums": self.sums.sum(0).tolist(),
         }
 

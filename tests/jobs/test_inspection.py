@@ -29,7 +29,6 @@ def facts(count: int, labels: dict[str, int], channels: int = 3) -> dict[str, An
         "count": count,
         "labels": labels,
         "unlabelled": count - sum(labels.values()),
-        "has_names": True,
         "channel_sums": sums,
     }
 
