@@ -8,6 +8,7 @@ lease first and then reads the records. So does a cycle of `retrain` that works 
 """
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,32 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.leases import LIFE_S, find_living, hold_alone
 from pipeline.reachable import find_reached
 from pipeline.runs import SWEEP
-from pipeline.storage import STALE_S, Storage, StoredFile
+from pipeline.steps import STEP_NAMES
+from pipeline.storage import STALE_S, Storage, StoredFile, open_storage
 
 KEEP_RUNS = 10
 WATCH_EVERY_S = 1.0
 GRACE_S = 7 * 86_400.0
 # How many names of a path make one unit, which is deleted as a whole; nothing else is touched.
 UNITS = {"steps": 3, "features": 3, "runs": 2, "models-elsewhere": 2, "probes": 2}
+# Only what has a name that we give is ours: the directory may hold what other programs wrote.
+_KEY, _LEASE = "[0-9a-f]{32}", r"lease-\d{6}\.json"
+_STEPS = "|".join((*STEP_NAMES, "images", "shard", "trial", "tune"))
+_UNIT = re.compile(
+    rf"steps/({_STEPS})/{_KEY}|features/{_KEY}/([0-9a-f]{{64}}\.|\.staged-).*|runs/.*"
+    rf"|(models-elsewhere|probes)/{_KEY}"
+)
+# A run that was killed before its record was there, or while it was being deleted.
+_BROKEN_RUN = re.compile(
+    rf"runs/[^/]+-[0-9a-f]{{8}}/({_LEASE}|\.staged-.*|events\.jsonl|report\.html"
+    r"|tune\.(json|html)|trials\.csv)"
+)
+_TOPS = ("runs", "steps", "models")
+_RECORDS = "versions|promotions|evaluations|cycles|outcomes"
+_EVIDENCE = re.compile(
+    rf"runs/[^/]+/run\.json|runs/[^/]+-[0-9a-f]{{8}}/{_LEASE}|steps/({_STEPS})/{_KEY}/.*"
+    rf"|models/[^/]+/(({_RECORDS})/\d{{6}}\.json|retrain/{_LEASE})|{SWEEP}/{_LEASE}"
+)
 # Below a result that is there, what was of use only while it was made.
 SCRATCH = ("chunks", "ray", "verdicts")
 NAMES_OTHERS = ("manifest.json", "run.json", "model.json")  # go first
@@ -67,9 +87,29 @@ class Survey:
     runs: list[str]
 
 
-def is_root(storage: Storage) -> bool:
-    """Whether a storage root of ours is there."""
-    return any(storage.list(name) for name in ("runs", "steps", "models"))
+def check_root(storage: Storage) -> None:
+    """Proves that a storage root of ours is there, and not one directory below.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for name in _TOPS:  # first: it may look like a part of what is above it
+        inner = open_storage(f"{storage.uri}/{name}")
+        if _holds_ours(inner, _TOPS):
+            raise ConfigError(
+                f"There is no storage root at {storage.uri}, but there is one in its directory "
+                f"{name}. Give {inner.uri}."
+            )
+    if not _holds_ours(storage, (*_TOPS, SWEEP)):
+        raise ConfigError(
+            f"There is no storage root at {storage.uri}: it holds neither runs nor steps nor "
+            "models of ours. Give the directory or URI that storage.root names, or a config."
+        )
+
+
+def _holds_ours(storage: Storage, directories: Sequence[str]) -> bool:
+    files = (file for name in directories for file in storage.files(name))
+    return any(_EVIDENCE.fullmatch(file.path) for file in files)
 
 
 def collect_garbage(
@@ -94,11 +134,7 @@ def collect_garbage(
         ConfigError: there is no storage root.
         StorageError: a record cannot be read, or something cannot be deleted.
     """
-    if not is_root(storage):
-        raise ConfigError(
-            f"There is no storage root at {storage.uri}: it holds neither runs nor steps nor "
-            "models. Give the directory or URI that storage.root names."
-        )
+    check_root(storage)
     since = time.time() - grace_s
     if dry_run:
         return _survey(storage, keep_runs, since)
@@ -171,9 +207,14 @@ def _group(storage: Storage) -> Iterator[tuple[str, list[StoredFile]]]:
         groups: dict[str, list[StoredFile]] = {}
         for file in storage.files(top):
             parts = file.path.split("/")
-            if len(parts) >= depth:
-                groups.setdefault("/".join(parts[:depth]), []).append(file)
-        yield from groups.items()
+            if len(parts) >= depth and _UNIT.fullmatch(unit := "/".join(parts[:depth])):
+                groups.setdefault(unit, []).append(file)
+        yield from (it for it in groups.items() if top != "runs" or _is_run(*it))
+
+
+def _is_run(path: str, files: Sequence[StoredFile]) -> bool:
+    names = [file.path for file in files]
+    return f"{path}/run.json" in names or all(map(_BROKEN_RUN.fullmatch, names))
 
 
 def _leftovers(path: str, files: Sequence[StoredFile]) -> Iterator[tuple[str, list[StoredFile]]]:

@@ -1,12 +1,14 @@
 """The home page of a storage root: its models, searches and runs, with links to their pages."""
 
+import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.garbage import is_root
+from pipeline.garbage import check_root
 from pipeline.lineage import is_made_by
 from pipeline.registry import ROLLBACK, Registry, list_models
 from pipeline.report.page import render
@@ -18,6 +20,7 @@ from pipeline.workflow import hash_json
 
 PAGE = "index.html"
 RUNS_SHOWN, VERSIONS_SHOWN = 200, 50  # the latest
+_OURS = re.compile(rb'<p class="sub">\d+ models?, \d+ search(es)?, \d+ runs? &middot; ')
 PAGES = {"report.html": "report", "tune.html": "search"}
 
 
@@ -25,14 +28,16 @@ def write_home(storage: Storage) -> str:
     """Writes `index.html` into a storage root; returns where it is.
 
     Raises:
-        ConfigError: there is no storage root.
+        ConfigError: there is no storage root, or an `index.html` that is not ours.
         StorageError: a record cannot be read, or the page not written.
     """
-    if not is_root(storage):
-        raise ConfigError(
-            f"There is no storage root at {storage.uri}: it holds neither runs nor steps nor "
-            "models. Give the directory or URI that storage.root names, or a config."
-        )
+    check_root(storage)
+    with contextlib.suppress(FileNotFoundError):
+        if not _OURS.search(storage.read(PAGE)):
+            raise ConfigError(
+                f"{storage.uri}/{PAGE} is no home page of raydiffusion, and is not overwritten. "
+                "Move it elsewhere."
+            )
     storage.replace(PAGE, make_home(storage).encode())
     return f"{storage.uri}/{PAGE}"
 

@@ -14,7 +14,7 @@ from pipeline import garbage
 from pipeline.config import load_config
 from pipeline.errors import BusyError, ConfigError, StorageError
 from pipeline.extractors import extractor_key
-from pipeline.garbage import collect_garbage
+from pipeline.garbage import check_root, collect_garbage
 from pipeline.leases import hold_lease
 from pipeline.registry import Registry
 from pipeline.runs import SWEEP, RunRecord
@@ -25,6 +25,8 @@ from pipeline.units import unit_directory, units_of_step
 from pipeline.workflow import hash_json, plan
 
 ALL = -10.0  # seconds of grace: everything is old enough
+SHARD = {name: f"steps/shard/{hash_json(name)}" for name in "ab"}
+SERIES = {number: f"steps/train/{hash_json(number)}" for number in (1, 2, 3)}
 
 
 class Root:
@@ -56,10 +58,10 @@ class Root:
 
     def put_data(self, name: str) -> tuple[dict[str, Any], str]:
         """A data set of one shard, whose features are there."""
-        self.storage.create(f"steps/shard/{name}/train.arrow", b"arrow")
-        self.storage.create(f"steps/shard/{name}/manifest.json", b"{}")
-        files = [{"file": "train.arrow", "sha256": f"sha-{name}"}]
-        document = {"shards": [{"directory": f"steps/shard/{name}", "files": files}]}
+        self.storage.create(f"{SHARD[name]}/train.arrow", b"arrow")
+        self.storage.create(f"{SHARD[name]}/manifest.json", b"{}")
+        files = [{"file": "train.arrow", "sha256": hash_content(name.encode())}]
+        document = {"shards": [{"directory": SHARD[name], "files": files}]}
         text = json.dumps(document)
         return self.put("preprocess", shards={name: "s"}, artifacts={"dataset.json": text})
 
@@ -70,25 +72,26 @@ class Root:
         made["features"] = self.put("features", keys, artifacts={"extractor.safetensors": data})
         manifest = self.storage.read(f"steps/features/{made['features'][1]}/manifest.json")
         extractor = extractor_key(json.loads(manifest))
-        self.storage.create(f"features/{extractor}/sha-{data}.safetensors", b"features")
+        sha256 = hash_content(data.encode())
+        self.storage.create(f"features/{extractor}/{sha256}.safetensors", b"features")
         made["train"] = self.put("train", keys, num=number)
-        series = f"series-{number}"
         for file in ("optimizer.pt", "manifest.json"):
-            self.storage.create(f"steps/train/{series}/checkpoints/000000100/{file}", b"{}")
+            self.storage.create(f"{SERIES[number]}/checkpoints/000000100/{file}", b"{}")
         keys |= {step: made[step][1] for step in ("features", "train")}
         made["evaluate"] = self.put("evaluate", keys, num=number)
         keys["evaluate"] = made["evaluate"][1]
+        run = f"{name}-{number:08x}"
         document = {
-            "run": f"{name}-{number}",
+            "run": run,
             "name": name,
             "identities": {step: identity for step, (identity, _) in made.items()},
             "directories": {step: f"steps/{step}/{key}" for step, (_, key) in made.items()}
-            | {"train": f"steps/train/{series}"},
+            | {"train": SERIES[number]},
             "executions": [{"started": float(number), "ended": float(number), "steps": {}}],
         }
-        self.storage.create(f"runs/{name}-{number}/report.html", b"page")
-        self.storage.create(f"runs/{name}-{number}/run.json", json.dumps(document).encode())
-        return {"keys": keys, "series": series, "document": document}
+        self.storage.create(f"runs/{run}/report.html", b"page")
+        self.storage.create(f"runs/{run}/run.json", json.dumps(document).encode())
+        return {"keys": keys, "series": hash_json(number), "document": document}
 
     def add_version(self, name: str, made: Mapping[str, Any]) -> None:
         document = {
@@ -137,22 +140,22 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
 def test_what_no_record_reaches_goes_and_the_rest_stays(any_root: Root) -> None:
     root = any_root
     old, new = root.put_run("m", 1, "a"), root.put_run("m", 2, "b")
-    root.storage.create("probes/0123/node", b"x")
+    root.storage.create(f"probes/{hash_json(0)}/node", b"x")
     root.storage.create("cache/identities/0.json", b"{}")
     before = root.all()
     survey = collect_garbage(root.storage, keep_runs=1, grace_s=ALL)
-    assert survey.runs == ["m-2"]
+    assert survey.runs == ["m-00000002"]
     for step, key in old["keys"].items():
         assert not root.has(f"steps/{step}/{key}"), step
     for step, key in new["keys"].items():
         assert root.has(f"steps/{step}/{key}"), step
     after = root.all()
-    gone = {"steps/shard/a", "steps/train/series-1", "runs/m-1", "probes/0123"}
+    gone = {SHARD["a"], SERIES[1], "runs/m-00000001", f"probes/{hash_json(0)}"}
     assert not any(root.has(path) for path in gone)
-    assert not any("sha-a" in path for path in after)
-    stay = {"steps/shard/b", "steps/train/series-2", "runs/m-2", "cache/identities"}
+    assert not any(hash_content(b"a") in path for path in after)
+    stay = {SHARD["b"], SERIES[2], "runs/m-00000002", "cache/identities"}
     assert all(root.has(path) for path in stay)
-    assert any("sha-b" in path for path in after)
+    assert any(hash_content(b"b") in path for path in after)
     assert {unit.path for unit in survey.garbage} >= gone
     size = sum(unit.num_bytes for unit in survey.garbage)
     assert 0 < size < sum(unit.num_bytes for unit in survey.garbage + survey.reached)
@@ -175,11 +178,11 @@ def test_versions_keep_their_results_and_the_champion_its_checkpoints(root: Root
         root.add_version("m", root.put_run("m", number, data))
     Registry(root.storage, "m").promote(1, "first")
     survey = collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
-    assert survey.runs == ["m-1"]  # which made the champion
-    assert root.has("steps/shard/a")
-    assert root.has("steps/shard/b")
-    assert root.has("steps/train/series-1")
-    assert {unit.path for unit in survey.garbage} == {"steps/train/series-2", "runs/m-2"}
+    assert survey.runs == ["m-00000001"]  # which made the champion
+    assert root.has(SHARD["a"])
+    assert root.has(SHARD["b"])
+    assert root.has(SERIES[1])
+    assert {unit.path for unit in survey.garbage} == {SERIES[2], "runs/m-00000002"}
 
 
 def test_what_a_pinned_evaluation_names_stays_with_what_it_rests_on(root: Root) -> None:
@@ -189,7 +192,7 @@ def test_what_a_pinned_evaluation_names_stays_with_what_it_rests_on(root: Root) 
     root.storage.create("models/m/evaluations/000001.json", pinned)
     collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
     assert root.has(f"steps/reference/{reference}")
-    assert root.has("steps/shard/a")
+    assert root.has(SHARD["a"])
     assert not root.has(f"steps/train/{keys['train']}")
 
 
@@ -201,7 +204,7 @@ def test_a_search_keeps_its_trials(root: Root) -> None:
     proposal = json.dumps({"name": "0000", "key": trial}).encode()
     root.storage.create(f"steps/tune/{tune}/trials/0000/proposal.json", proposal)
     document["identities"]["tune"] = identity
-    root.storage.replace("runs/m-1/run.json", json.dumps(document).encode())
+    root.storage.replace("runs/m-00000001/run.json", json.dumps(document).encode())
     other = root.put("trial", seed=1)[1]
     survey = collect_garbage(root.storage, grace_s=ALL)
     assert {unit.path: unit.kind for unit in survey.garbage} == {
@@ -214,7 +217,7 @@ def test_begun_work_stays_and_what_was_of_use_only_meanwhile_goes(root: Root) ->
     document = root.put_run("m", 1, "a")["document"]
     done, begun = root.put("evaluate", num=7), {"settings": {"shards": {"x": "s"}}, "inputs": {}}
     document["identities"] |= {"evaluate": done[0], "preprocess": begun}
-    root.storage.replace("runs/m-1/run.json", json.dumps(document).encode())
+    root.storage.replace("runs/m-00000001/run.json", json.dumps(document).encode())
     unit = units_of_step(begun["settings"])[0]
     root.storage.create(f"{unit}/manifest.json", b"{}")
     half = f"steps/preprocess/{hash_json(begun)}"
@@ -249,17 +252,17 @@ def test_what_is_young_stays_with_what_it_rests_on(root: Root) -> None:
     age(root, f"steps/train/{young}", 6)
     survey = collect_garbage(root.storage)
     assert [unit.path for unit in survey.garbage] == [f"steps/train/{old}"]
-    assert root.has("steps/shard/a")
+    assert root.has(SHARD["a"])
 
 
 def test_runs_stay_while_they_are_young_or_at_work(root: Root) -> None:
     for number in (1, 2, 3):
         root.put_run("m", number, "a")
-    with hold_lease(root.storage, "runs/m-1"):
+    with hold_lease(root.storage, "runs/m-00000001"):
         age(root, "", 10)
-        age(root, "runs/m-2", 6)
-        assert collect_garbage(root.storage, keep_runs=0).runs == ["m-1", "m-2"]
-    assert not root.has("runs/m-3")
+        age(root, "runs/m-00000002", 6)
+        assert collect_garbage(root.storage, keep_runs=0).runs == ["m-00000001", "m-00000002"]
+    assert not root.has("runs/m-00000003")
 
 
 def test_a_directory_whose_lease_is_held_stays(root: Root) -> None:
@@ -337,7 +340,7 @@ def test_one_at_a_time(root: Root) -> None:
         pytest.raises(BusyError, match=r"cleans up .*root already\. Wait until it has ended"),
     ):
         collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
-    assert root.has("steps/shard/a")
+    assert root.has(SHARD["a"])
 
 
 def test_one_that_was_held_up_stops(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,14 +348,14 @@ def test_one_that_was_held_up_stops(root: Root, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(garbage, "LIFE_S", 0.0)  # so that any pause is too long
     with pytest.raises(StorageError, match=r"was held up, and a run may have .* Run it again"):
         collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
-    assert root.has("steps/shard/a")
+    assert root.has(SHARD["a"])
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda root, key: root.storage.replace(f"steps/preprocess/{key}/manifest.json", b"{"),
-        lambda root, key: root.storage.replace("runs/m-1/run.json", b"{"),
+        lambda root, key: root.storage.replace("runs/m-00000001/run.json", b"{"),
         lambda root, key: [
             root.storage.delete(file.path)
             for file in list(root.storage.files(f"steps/preprocess/{key}"))
@@ -373,7 +376,85 @@ def test_nothing_is_deleted_where_what_is_needed_cannot_be_told(
     assert root.all() == before
 
 
-def test_a_directory_that_is_no_root_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(ConfigError, match="There is no storage root at"):
-        collect_garbage(open_storage(str(tmp_path)), grace_s=ALL)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "photos/a.jpg",
+        "runs/Nov23_12-00-00/events.out.tfevents",
+        "runs/20240101/lease-000001.json",
+        "steps/train/one/x.pt",
+        f"steps/deploy/{hash_json(1)}/manifest.json",
+        "models/resnet/versions/1.json",
+        "runs",
+    ],
+)
+def test_a_directory_that_is_no_root_is_refused(any_root: Root, path: str) -> None:
+    any_root.storage.create(path, b"x")
+    with pytest.raises(ConfigError, match=r"There is no storage root at .* of ours"):
+        collect_garbage(any_root.storage, grace_s=ALL)
+    assert any_root.storage.read(path) == b"x"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/m-01234567/lease-000001.json",
+        "runs/m-01234567/run.json",
+        f"steps/shard/{hash_json(1)}/train.arrow",
+        "models/m/retrain/lease-000001.json",
+        "models/m/versions/000001.json",
+        "garbage/lease-000001.json",  # all else was deleted
+    ],
+)
+def test_a_root_is_one_from_its_first_file(root: Root, path: str) -> None:
+    root.storage.create(path, b'{"name": "m"}')
+    check_root(root.storage)
+
+
+def test_names_of_directories_make_no_model_a_root(root: Root) -> None:
+    for name in ("runs", "steps", "models", "garbage"):
+        root.add_version(name, root.put_run("m", 1, "a"))
+        for directory in (f"models/{name}", f"models/{name}/retrain"):
+            root.storage.create(f"{directory}/lease-000001.json", b"{}")
+    check_root(root.storage)
+
+
+@pytest.mark.parametrize("name", ["runs", "steps", "models"])
+def test_the_directory_above_a_root_is_refused_and_the_root_named(
+    name: str, tmp_path: Path
+) -> None:
+    inner = Root(open_storage(str(tmp_path / name)))
+    inner.add_version("m", inner.put_run("m", 1, "a"))
+    Registry(inner.storage, "m").promote(1, "first")
+    with hold_lease(open_storage(str(tmp_path)), SWEEP):
+        pass  # as an earlier one has left it
+    before = inner.all()
+    with pytest.raises(ConfigError, match=rf"directory {name}\. Give {inner.storage.uri}\."):
+        collect_garbage(open_storage(str(tmp_path)), keep_runs=0, grace_s=ALL)
+    assert inner.all() == before
+
+
+def test_what_other_programs_wrote_into_a_root_stays(any_root: Root) -> None:
+    root, key = any_root, hash_json("other")
+    root.put_run("m", 1, "a")
+    foreign = {
+        "runs/Nov23_12-00-00/events.out.tfevents",
+        "runs/exp-20240101/weights.pt",  # eight hex digits
+        "steps/train/mine/x.pt",
+        "steps/train/notes.txt",
+        f"steps/deploy/{key}/manifest.json",
+        f"features/{key}/table.csv",
+        "features/mine/x.safetensors",
+        "models-elsewhere/mine/x.safetensors",
+        "probes/mine.csv",
+    }
+    left_by_kills = {
+        "runs/m-01234567/lease-000001.json",
+        "runs/m-12345678/events.jsonl",
+        f"features/{key}/{hash_content(b'gone')}.safetensors",
+        f"probes/{key}",
+    }
+    for path in foreign | left_by_kills:
+        root.storage.create(path, b"x")
+    collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
+    assert root.all() == foreign

@@ -130,8 +130,24 @@ def test_later_scores_of_a_version_count(storage: LocalStorage) -> None:
 def test_an_empty_root_has_a_page_and_another_directory_has_none(
     storage: LocalStorage, tmp_path: Path
 ) -> None:
-    storage.create("steps/preprocess/k/quarantine.jsonl", b"")
+    storage.create(f"steps/preprocess/{hash_json(1)}/quarantine.jsonl", b"")
     assert write_home(storage) == f"{storage.uri}/index.html"
     assert "None as yet." in storage.read("index.html").decode()
     with pytest.raises(ConfigError, match="There is no storage root at"):
         write_home(LocalStorage(str(tmp_path / "photos")))
+
+
+def test_a_page_that_is_not_ours_is_not_overwritten(storage: LocalStorage) -> None:
+    put_run(storage, "m-1", 1e9)
+    assert write_home(storage) == write_home(storage)  # its own is
+    storage.replace("index.html", b"<h1>My site</h1>")
+    with pytest.raises(ConfigError, match=r"index.html is no home page .*\. Move it elsewhere\."):
+        write_home(storage)
+    assert storage.read("index.html") == b"<h1>My site</h1>"
+
+
+def test_the_directory_above_a_root_gets_no_page(storage: LocalStorage, tmp_path: Path) -> None:
+    put_run(LocalStorage(f"{storage.uri}/runs"), "m-1", 1e9)
+    with pytest.raises(ConfigError, match=r"in its directory runs\. Give .*/root/runs\."):
+        write_home(storage)
+    assert not storage.exists("index.html")
