@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Literal
 
 from pipeline.errors import ConfigError, RaydiffusionError
@@ -19,6 +19,7 @@ from pipeline.storage import Storage, damaged
 LEAST_BACKOFF_S, MOST_BACKOFF_S = 60.0, 6 * 3600.0
 LONGEST_WAIT_S = 60.0  # then the clock is looked at again: it may have been set, or have slept
 NO_FAILURES = (0, 8, 9)  # done, another process is at it, the gate has refused
+DAY = timedelta(days=1)
 DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _DAY = "[0-7]|" + "|".join(DAYS)
 _DAYS_PART = re.compile(rf"(?:\*|({_DAY})(?:-({_DAY}))?)(?:/([1-9]\d*))?")
@@ -46,16 +47,28 @@ class Timetable:
 
         Where the clock goes back, a time of the day comes once, as with cron.
         """
-        after = datetime.fromtimestamp(math.floor(seconds) + 1, self.zone)
-        found = [self._next_of(trigger, after) for trigger in self.triggers]
-        return min((time.timestamp() for time in found if time is not None), default=None)
+        found = [self._next_of(trigger, seconds) for trigger in self.triggers]
+        return min((time for time in found if time is not None), default=None)
 
-    def _next_of(self, trigger: Any, after: datetime) -> datetime | None:
-        time = trigger.get_next_fire_time(None, after)
-        while time is not None and self.is_of_the_day and _was_before(time):
-            later = datetime.fromtimestamp(time.timestamp() + 1, self.zone)
-            time = trigger.get_next_fire_time(None, later)
-        return time
+    def _next_of(self, trigger: Any, seconds: float) -> float | None:
+        # By what the clock shows, from a day before: no change of it is larger. For APScheduler's
+        # own days are 24 hours, and it passes over what such a day does not come by.
+        shown = datetime.fromtimestamp(math.floor(seconds), self.zone).replace(tzinfo=UTC) - DAY
+        best, until = math.inf, None
+        while (shown := trigger.get_next_fire_time(None, shown)) is not None:
+            if until is not None and shown > until:
+                break
+            best = min([best, *(time for time in self._times_of(shown) if time > seconds)])
+            if until is None and best < math.inf:
+                until = shown + DAY
+            shown += timedelta(seconds=1)
+        return None if until is None else best
+
+    def _times_of(self, shown: datetime) -> list[float]:
+        """When the clock shows a time; as much later as it skips, where it skips that time."""
+        times = [shown.replace(tzinfo=self.zone, fold=fold) for fold in (0, 1)]
+        first, second = (time.timestamp() for time in times)
+        return [first, second] if first < second and not self.is_of_the_day else [first]
 
 
 def parse_timetable(expression: str, timezone: str | None, now: float) -> Timetable:
@@ -86,7 +99,7 @@ def parse_timetable(expression: str, timezone: str | None, now: float) -> Timeta
         if not (day.startswith("*") or weekday.startswith("*")):
             both = [(day, "*"), ("*", days)]
         triggers = tuple(
-            CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=zone)
+            CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=UTC)
             for d, w in both
         )
     except ValueError as error:
@@ -275,12 +288,6 @@ def _name_days(text: str) -> str:
 
 def _number(day: str) -> int:
     return int(day) if day.isdigit() else DAYS.index(day)
-
-
-def _was_before(time: datetime) -> bool:
-    """Whether the clock has shown the same already, before it went back."""
-    first = time.replace(fold=0)
-    return time.fold == 1 and time.utcoffset() != first.utcoffset()
 
 
 def _find_zone(name: str | None) -> tzinfo:

@@ -96,6 +96,63 @@ def test_an_hour_that_the_clock_repeats(expression: str, timezone: str, expected
     assert ", ".join(found) == expected
 
 
+QUARTER = 900
+
+
+def shown_times(timezone: str, year: int) -> dict[datetime, list[float]]:
+    """When each quarter of an hour of a year is shown, found by looking at the clock at each."""
+    zone = ZoneInfo(timezone)
+    start, end = (datetime(y, 1, 1, tzinfo=zone).timestamp() for y in (year, year + 1))
+    found: dict[datetime, list[float]] = {}
+    last = datetime(year, 1, 1) - timedelta(seconds=QUARTER)
+    for seconds in range(int(start), int(end), QUARTER):
+        shown = datetime.fromtimestamp(seconds, zone).replace(tzinfo=None)
+        skipped = last + timedelta(seconds=QUARTER)
+        while skipped < shown:
+            later_s = (skipped - last).total_seconds() - QUARTER
+            found.setdefault(skipped, []).append(seconds + later_s)
+            skipped += timedelta(seconds=QUARTER)
+        found.setdefault(shown, []).append(seconds)
+        last = shown
+    return found
+
+
+@pytest.mark.parametrize(
+    ("timezone", "year"),
+    [
+        ("Europe/Berlin", 2026),
+        ("Europe/Berlin", 2024),  # the last of March, and the first of April, a Monday
+        ("Africa/Cairo", 2026),  # at midnight
+        ("Asia/Beirut", 2026),
+        ("America/Santiago", 2026),
+        ("America/Havana", 2026),
+        ("Australia/Lord_Howe", 2026),  # by half an hour
+        ("Pacific/Apia", 2011),  # which left out a day
+    ],
+)
+def test_all_times_of_a_year_are_those_that_the_clock_shows(timezone: str, year: int) -> None:
+    found = shown_times(timezone, year)
+    expressions: dict[str, Callable[[datetime], bool]] = {
+        "0 0 * * *": lambda t: (t.hour, t.minute) == (0, 0),
+        "0,30 2 * * *": lambda t: t.hour == 2 and t.minute in (0, 30),
+        "15 0,1,23 * * mon": lambda t: t.hour in (0, 1, 23) and t.minute == 15 and t.weekday() == 0,
+        "0 0 1 * *": lambda t: (t.day, t.hour, t.minute) == (1, 0, 0),
+        "*/30 0,2 * * *": lambda t: t.hour in (0, 2) and t.minute in (0, 30),
+        "0 */6 * * *": lambda t: t.hour % 6 == 0 and t.minute == 0,
+    }
+    for expression, holds in expressions.items():
+        is_of_the_day = "*/" not in expression
+        times = {
+            t
+            for shown, ts in found.items()
+            if holds(shown)
+            for t in ts[: 1 if is_of_the_day else 2]
+        }
+        expected = sorted(times)
+        timetable = parse_timetable(expression, timezone, expected[0] - 1)
+        assert [timetable.next_after(t) for t in expected[:-1]] == expected[1:], expression
+
+
 def test_between_the_two_a_time_of_the_day_is_over() -> None:
     between = datetime(2026, 10, 25, 0, 45, tzinfo=UTC).timestamp()  # 02:45, the first time
     assert times("30 2 * * *", 1, "Europe/Berlin", between) == ["Mon 26 Oct 02:30"]
