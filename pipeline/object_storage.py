@@ -64,10 +64,14 @@ class ObjectStorage:
         with as_storage_error("list", self._path(directory)):
             self._filesystem.invalidate_cache()
             try:
-                names = self._filesystem.ls(self._path(directory), detail=False)
-            except FileNotFoundError:
+                paths = self._filesystem.ls(self._path(directory), detail=False)
+            except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names})
+            itself = self._filesystem._strip_protocol(self._path(directory))
+        names = {
+            path.rstrip("/").rsplit("/", 1)[-1] for path in paths if path.rstrip("/") != itself
+        }
+        return sorted(name for name in names if not name.startswith("."))
 
     def files(self, directory: str) -> Iterator[StoredFile]:
         filesystem, path = self._filesystem, self._path(directory)

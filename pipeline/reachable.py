@@ -196,7 +196,8 @@ def _keys_named(storage: Storage, directory: str) -> Iterator[str]:
     """All keys that documents of a model name, but for versions and promotions."""
     for file in storage.files(directory):
         name = file.path.removeprefix(f"{directory}/")
-        if name.startswith(_READ_OTHERWISE) or file.is_staged or not name.endswith(".json"):
+        is_hidden = name.rpartition("/")[2].startswith(".")  # staged, or a file manager's
+        if name.startswith(_READ_OTHERWISE) or is_hidden or not name.endswith(".json"):
             continue
         yield from _KEY.findall(json.dumps(_read_json(storage, file.path)))
 

@@ -49,7 +49,7 @@ class Registry:
             ConfigError: there is none of that number.
         """
         directory, name = f"models/{self.name}/versions", f"{number:06d}.json"
-        names = self.storage.list(directory)
+        names = self._names("versions")
         if name in names:
             return self._read(f"{directory}/{name}")
         known = ", ".join(str(int(name.partition(".")[0])) for name in names[-SHOWN:]) or "none"
@@ -194,10 +194,13 @@ class Registry:
             StorageError: one is missing or no JSON.
         """
         directory = f"models/{self.name}/{kind}"
-        names = self.storage.list(directory)
-        paths = [f"{directory}/{name}" for name in names[-last if last else 0 :]]
+        paths = [f"{directory}/{name}" for name in self._names(kind)[-last if last else 0 :]]
         with ThreadPoolExecutor(STORAGE_THREADS) as pool:
             return list(pool.map(self._read, paths))
+
+    def _names(self, kind: str) -> list[str]:
+        names = self.storage.list(f"models/{self.name}/{kind}")
+        return [name for name in names if name.endswith(".json")]
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
@@ -211,7 +214,7 @@ class Registry:
 
 def list_models(storage: Storage) -> list[str]:
     """The names of the models that have versions."""
-    return [name for name in storage.list("models") if storage.list(f"models/{name}/versions")]
+    return [name for name in storage.list("models") if Registry(storage, name)._names("versions")]
 
 
 def open_registry(storage: Storage, name: str) -> Registry:

@@ -67,7 +67,10 @@ class Storage(Protocol):
     def exists(self, path: str) -> bool: ...
 
     def list(self, directory: str) -> list[str]:
-        """Sorted names directly below a directory; empty when there is none."""
+        """Sorted names directly below a directory, but for hidden ones, which are never ours.
+
+        Empty when there is none, or a file.
+        """
         ...
 
     def files(self, directory: str) -> Iterator[StoredFile]:
@@ -160,13 +163,16 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes:
         with as_storage_error("read", self._path(path)):
-            return self._path(path).read_bytes()
+            try:
+                return self._path(path).read_bytes()
+            except NotADirectoryError as error:  # below a file
+                raise FileNotFoundError(str(error)) from error
 
     def exists(self, path: str) -> bool:
         with as_storage_error("look for", self._path(path)):
             try:
                 self._path(path).stat()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return False
         return True
 
@@ -174,9 +180,9 @@ class LocalStorage:
         with as_storage_error("list", self._path(directory)):
             try:
                 names = os.listdir(self._path(directory))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(name for name in names if not name.startswith(_STAGED))
+        return sorted(name for name in names if not name.startswith("."))
 
     def files(self, directory: str) -> Iterator[StoredFile]:
         for parent, _, names in os.walk(self._path(directory), onerror=_raise_unless_gone):

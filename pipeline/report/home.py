@@ -126,9 +126,7 @@ def _all_scores(
     """Version, time and score: each version's own, then those that it got later."""
     for version in versions:
         yield version["number"], version["created"], version["score"]
-    directory = f"models/{registry.name}/scores"
-    for name in registry.storage.list(directory):
-        record = json.loads(registry.storage.read(f"{directory}/{name}"))
+    for record in registry.records("scores"):
         yield record["version"], record["time"], record["score"]
 
 

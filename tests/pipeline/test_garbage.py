@@ -16,8 +16,9 @@ from pipeline.errors import BusyError, ConfigError, StorageError
 from pipeline.extractors import extractor_key
 from pipeline.garbage import check_root, collect_garbage
 from pipeline.leases import hold_lease
-from pipeline.registry import Registry
-from pipeline.runs import SWEEP, RunRecord
+from pipeline.registry import Registry, list_models
+from pipeline.report.home import make_home
+from pipeline.runs import SWEEP, RunRecord, list_runs
 from pipeline.sources import list_inputs
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage, Storage, hash_content, hashed_name, open_storage
@@ -87,7 +88,9 @@ class Root:
             "identities": {step: identity for step, (identity, _) in made.items()},
             "directories": {step: f"steps/{step}/{key}" for step, (_, key) in made.items()}
             | {"train": SERIES[number]},
-            "executions": [{"started": float(number), "ended": float(number), "steps": {}}],
+            "executions": [
+                {"started": float(number), "ended": None, "outcome": "", "steps": {"train": {}}}
+            ],
         }
         self.storage.create(f"runs/{run}/report.html", b"page")
         self.storage.create(f"runs/{run}/run.json", json.dumps(document).encode())
@@ -440,6 +443,7 @@ def test_what_other_programs_wrote_into_a_root_stays(any_root: Root) -> None:
     foreign = {
         "runs/Nov23_12-00-00/events.out.tfevents",
         "runs/exp-20240101/weights.pt",  # eight hex digits
+        "runs/notes.txt",
         "steps/train/mine/x.pt",
         "steps/train/notes.txt",
         f"steps/deploy/{key}/manifest.json",
@@ -458,3 +462,29 @@ def test_what_other_programs_wrote_into_a_root_stays(any_root: Root) -> None:
         root.storage.create(path, b"x")
     collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
     assert root.all() == foreign
+
+
+def test_what_a_file_manager_left_stops_nothing(any_root: Root) -> None:
+    root = any_root
+    root.add_version("m", root.put_run("m", 1, "a"))
+    Registry(root.storage, "m").promote(1, "first")
+    score = {"metric": "x", "value": 1.0, "protocol": {}}
+    record = json.loads(root.storage.read("models/m/versions/000001.json"))
+    record |= {"created": 1.0, "score": score}
+    root.storage.replace("models/m/versions/000001.json", json.dumps(record).encode())
+    left = (
+        "runs", "models", "models/m", "models/m/versions", "models/m/promotions", "models/empty",
+        "models/empty/versions", "models/m/evaluations", "models/m/scores", "steps/train",
+        "steps/shard", "features",
+    )  # fmt: skip
+    names = (".DS_Store", "._000001.json", "Thumbs.db")
+    foreign = {f"{directory}/{name}" for directory in left for name in names}
+    for path in foreign:
+        root.storage.create(path, b"\0\1")
+    assert list_runs(root.storage) == ["m-00000001"]
+    assert list_models(root.storage) == ["m"]
+    with pytest.raises(ConfigError, match=r"no version 2\. The latest there: 1\."):
+        Registry(root.storage, "m").version(2)
+    assert "m-00000001" in make_home(root.storage)
+    collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
+    assert foreign < root.all()

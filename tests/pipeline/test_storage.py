@@ -121,6 +121,19 @@ def test_lists_and_deletes(make_storage: Callable[[], Storage]) -> None:
         storage.read("d/1")
 
 
+def test_hidden_files_are_not_listed_and_below_a_file_is_nothing(
+    make_storage: Callable[[], Storage],
+) -> None:
+    storage = make_storage()
+    for name in ("d/1", "d/.DS_Store", "d/._1"):
+        storage.replace(name, b"x")
+    assert storage.list("d") == ["1"]
+    assert storage.list("d/1") == []
+    assert not storage.exists("d/1/x")
+    with pytest.raises(FileNotFoundError):
+        storage.read("d/1/x")
+
+
 def test_a_local_path_is_the_file_itself(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
     storage.replace("x.arrow", b"content")
