@@ -242,7 +242,7 @@ def _path(directory: str, number: int) -> str:
 def _read(storage: Storage, path: str) -> dict[str, Any] | None:
     try:
         return json.loads(storage.read(path))
-    except (FileNotFoundError, json.JSONDecodeError):  # cleaned up since it was listed, or torn
+    except (FileNotFoundError, ValueError):  # cleaned up since it was listed, or torn
         return None
 
 

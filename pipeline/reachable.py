@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.leases import find_living
 from pipeline.lineage import is_made_by
 from pipeline.registry import Registry
-from pipeline.runs import directory_of_cycle, read_needs
+from pipeline.runs import directory_of_cycle, read_needs, read_record
 from pipeline.storage import Storage, damaged
 from pipeline.units import units_of_step
 from pipeline.workflow import hash_json, read_artifact, read_manifest
@@ -177,7 +177,7 @@ def _runs_that_stay(
     young: Set[str],
 ) -> Iterator[Mapping[str, Any]]:
     """Runs that are at work, recent, among the latest of their name, or that made a champion."""
-    found = [_read_json(storage, f"runs/{name}/run.json") for name in runs]
+    found = [read_record(storage, name) for name in runs]
     documents = [document for document in found if document is not None]
     documents.sort(key=lambda document: document["executions"][-1]["started"], reverse=True)
     seen: dict[str, int] = {}

@@ -7,6 +7,7 @@ often it is started. Its directory `runs/<name>-<8 hex>` holds `run.json`, `even
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 from pipeline.errors import ConfigError, StorageError
 from pipeline.leases import await_release, read_holder
 from pipeline.settings import Config
-from pipeline.storage import Storage
+from pipeline.storage import Storage, damaged
 from pipeline.workflow import Event, PlannedStep
 
+logger = logging.getLogger(__name__)
+_FIELDS = {"name", "identities", "executions"}  # of a record, at least
 SWEEP = "garbage"  # whose lease `garbage.py` holds while it deletes
 NEEDS = "needs.json"
 
@@ -66,7 +69,7 @@ class RunRecord:
     ) -> None:
         self.storage, self.directory = storage, f"runs/{run}"
         self._lock = threading.Lock()  # steps that run side by side report from threads
-        before = _read_json(storage, f"{self.directory}/run.json") or {
+        before = read_record(storage, run) or {
             "identities": {},
             "directories": {},
             "executions": [],
@@ -157,8 +160,9 @@ def read_run(storage: Storage, run: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no such run.
+        StorageError: its record is damaged.
     """
-    document = _read_json(storage, f"runs/{run}/run.json")
+    document = read_record(storage, run)
     if document is None:
         known = ", ".join(list_runs(storage)[-5:]) or "none"
         raise ConfigError(
@@ -173,10 +177,19 @@ def read_run(storage: Storage, run: str) -> dict[str, Any]:
 
 
 def list_runs(storage: Storage) -> list[str]:
-    """All runs below the root, the latest started last."""
+    """All runs below the root, the latest started last; one that is damaged is said, and left out.
+
+    That one must not end the verbs of all others.
+    """
     found = []
     for run in storage.list("runs"):
-        document = _read_json(storage, f"runs/{run}/run.json")
+        try:
+            document = read_record(storage, run)
+        except StorageError as error:
+            if storage.exists(f"runs/{run}/run.json"):  # otherwise the storage itself is away
+                logger.warning("A run is passed over: %s", error)
+                continue
+            raise
         if document is not None:
             found.append((document["executions"][-1]["started"], run))
     return [run for _, run in sorted(found)]
@@ -194,7 +207,7 @@ def last_identities(storage: Storage, name: str, steps: Sequence[str]) -> Mappin
         steps: those that are planned.
     """
     for run in reversed(list_runs(storage)):
-        document = _read_json(storage, f"runs/{run}/run.json")
+        document = read_record(storage, run)
         if document is not None and document["name"] == name:
             known = document["identities"]
             if "evaluate" not in known or _subject(known) == _subject(steps):
@@ -207,20 +220,41 @@ def _subject(steps: Iterable[str]) -> set[str]:
     return {"train", "images"} & set(steps)
 
 
-def _read_text(storage: Storage, path: str) -> str:
-    try:
-        return storage.read(path).decode()
-    except FileNotFoundError:
-        return ""
+def read_record(storage: Storage, run: str) -> dict[str, Any] | None:
+    """A run's record as it was written, or None.
 
-
-def _read_json(storage: Storage, path: str) -> dict[str, Any] | None:
-    text = _read_text(storage, path)
-    return json.loads(text) if text else None
+    Raises:
+        StorageError: it is damaged.
+    """
+    path = f"runs/{run}/run.json"
+    document = _read_json(storage, path)
+    if document is not None and not (document.keys() >= _FIELDS and document["executions"]):
+        raise damaged(storage, path)
+    return document
 
 
 def read_progress(storage: Storage, document: Mapping[str, Any]) -> dict[str, Any] | None:
     """How far the training of a live run is, or None."""
     if not document["live"] or "train" not in document["directories"]:
         return None
-    return _read_json(storage, f"{document['directories']['train']}/progress.json")
+    with contextlib.suppress(StorageError):  # the next one is written soon
+        return _read_json(storage, f"{document['directories']['train']}/progress.json")
+
+
+def _read_text(storage: Storage, path: str) -> str:
+    try:
+        return storage.read(path).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _read_json(storage: Storage, path: str) -> dict[str, Any] | None:
+    try:
+        document = json.loads(storage.read(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise damaged(storage, path) from error
+    if not isinstance(document, dict):
+        raise damaged(storage, path)
+    return document

@@ -287,7 +287,7 @@ def read_manifest(storage: Storage, step: str, key: str) -> dict[str, Any] | Non
         return json.loads(storage.read(path))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise damaged(storage, path) from error
 
 

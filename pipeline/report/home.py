@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.garbage import check_root
 from pipeline.lineage import is_made_by
 from pipeline.registry import ROLLBACK, Registry, list_models
@@ -135,6 +135,11 @@ def _describe_search(storage: Storage, run: str) -> dict[str, Any] | None:
         document = json.loads(storage.read(f"runs/{run}/tune.json"))
     except FileNotFoundError:  # deleted since it was listed
         return None
+    except ValueError as error:
+        raise StorageError(
+            f"{storage.uri}/runs/{run}/tune.json is no JSON. Write it again with `raydiffusion "
+            f"report {run} --root {storage.uri}`."
+        ) from error
     return {
         "run": run,
         "name": document["name"],

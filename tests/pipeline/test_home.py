@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.registry import Registry
 from pipeline.report.home import make_home, write_home
 from pipeline.report.plots import score_history
@@ -151,3 +151,17 @@ def test_the_directory_above_a_root_gets_no_page(storage: LocalStorage, tmp_path
     with pytest.raises(ConfigError, match=r"in its directory runs\. Give .*/root/runs\."):
         write_home(storage)
     assert not storage.exists("index.html")
+
+
+def test_what_is_damaged_is_a_sentence_or_passed_over(storage: LocalStorage) -> None:
+    put_run(storage, "m-1", 1e9)
+    storage.create("runs/m-2/run.json", b"\0" * 64)
+    assert "m-1" in make_home(storage)
+    storage.create("runs/m-1/tune.json", b"\0" * 64)
+    with pytest.raises(StorageError, match=r"tune.json is no JSON\. .* `raydiffusion report m-1 "):
+        make_home(storage)
+    storage.delete("runs/m-1/tune.json")
+    add_version(storage, "a", 1.0)
+    storage.create("models/m/scores/000001-k.json", b"\0" * 64)
+    with pytest.raises(StorageError, match=r"scores/000001-k.json is missing or no JSON"):
+        make_home(storage)

@@ -1,12 +1,20 @@
 """The record of a run: what became of each of its executions."""
 
 import json
+import re
 from pathlib import Path
 
+import pytest
+
 from pipeline.config import load_config
+from pipeline.errors import StorageError
+from pipeline.garbage import collect_garbage
 from pipeline.leases import hold_lease
-from pipeline.runs import RunRecord, last_identities, read_run
+from pipeline.runs import RunRecord, last_identities, list_runs, read_progress, read_run
 from pipeline.storage import LocalStorage
+from pipeline.workflow import read_manifest
+
+DAMAGED = [b"", b"\0" * 64, b"\xff", b"{", b"[]", b"{}", b'{"name": "m", "executions": []}']
 
 
 def test_an_execution_that_was_killed_is_not_said_to_run(tmp_path: Path, tiny_config: Path) -> None:
@@ -44,3 +52,40 @@ def test_changes_are_told_against_a_run_that_evaluated_the_same_kind(tmp_path: P
     assert compared(images) == "of-images"
     assert compared(given) == "prepared"
     assert last_identities(storage, "other", trained) is None
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_record_stops_only_its_own_run(
+    content: bytes, tmp_path: Path, tiny_config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage, config = LocalStorage(str(tmp_path)), load_config(tiny_config)
+    RunRecord(storage, "tiny-1", config, []).close("done")
+    storage.create("runs/m-2/run.json", content)
+    assert list_runs(storage) == ["tiny-1"]
+    assert last_identities(storage, "tiny", []) == {}
+    assert read_run(storage, "tiny-1")["name"] == "tiny"
+    sentence = (
+        f"{storage.uri}/runs/m-2/run.json is missing or not what its manifest says. Delete the "
+        "directory runs/m-2 below the storage root and run again: it is made anew."
+    )
+    assert sentence in caplog.text
+    for use in (
+        lambda: read_run(storage, "m-2"),
+        lambda: RunRecord(storage, "m-2", config, []),
+        lambda: collect_garbage(storage),
+    ):
+        with pytest.raises(StorageError, match=re.escape(sentence)):
+            use()
+
+
+def test_what_is_no_text_is_damaged_as_what_is_no_json(tmp_path: Path) -> None:
+    storage, key = LocalStorage(str(tmp_path)), "0" * 32
+    storage.create(f"steps/train/{key}/manifest.json", b"\0\xff" * 32)
+    with pytest.raises(StorageError, match=r"manifest.json is missing or not what"):
+        read_manifest(storage, "train", key)
+    storage.create("runs/m-1/lease-000001.json", b"\0\xff" * 32)
+    with hold_lease(storage, "runs/m-1", wait=False):
+        pass
+    document = {"live": {"pid": 1}, "directories": {"train": "t"}}
+    storage.create("t/progress.json", b"\0\xff" * 32)
+    assert read_progress(storage, document) is None
