@@ -8,6 +8,7 @@ lease first and then reads the records. So does a cycle of `retrain` that works 
 """
 
 import contextlib
+import errno
 import re
 import threading
 import time
@@ -168,13 +169,42 @@ def _alone(storage: Storage) -> Iterator[Callable[[], None]]:
             )
 
     watcher = threading.Thread(target=watch, daemon=True)
-    with hold_alone(storage, SWEEP, f"cleans up {storage.uri}"):
+    with _hold(storage):
         watcher.start()
         try:
             yield check
         finally:
             stop.set()
             watcher.join()
+
+
+@contextlib.contextmanager
+def _hold(storage: Storage) -> Iterator[None]:
+    """The lease of the clean-up; where the disk is too full for it, room is made first."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold_alone(storage, SWEEP, f"cleans up {storage.uri}"))
+        except StorageError as error:
+            if not _is_full(error):
+                raise
+            # These are no part of anything, so that no lease is needed.
+            staged = [file.path for top in UNITS for file in storage.files(top) if file.is_staged]
+            for directory in sorted({path.rpartition("/")[0] for path in staged}):
+                storage.clean(directory)
+            try:
+                stack.enter_context(hold_alone(storage, SWEEP, f"cleans up {storage.uri}"))
+            except StorageError as again:
+                if not _is_full(again):
+                    raise
+                raise StorageError(
+                    f"There is no space left at {storage.uri}, not even for the lease of the "
+                    "clean-up. Free some KiB there by hand, and run it again."
+                ) from again
+        yield
+
+
+def _is_full(error: StorageError) -> bool:
+    return getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _survey(storage: Storage, keep_runs: int, since: float) -> Survey:

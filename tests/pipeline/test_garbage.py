@@ -1,5 +1,6 @@
 """What is deleted below a storage root, what stays, and what a kill in between leaves."""
 
+import errno
 import json
 import os
 import threading
@@ -16,12 +17,21 @@ from pipeline.errors import BusyError, ConfigError, StorageError
 from pipeline.extractors import extractor_key
 from pipeline.garbage import check_root, collect_garbage
 from pipeline.leases import hold_lease
+from pipeline.processes import process_place
 from pipeline.registry import Registry, list_models
 from pipeline.report.home import make_home
 from pipeline.runs import SWEEP, RunRecord, list_runs
 from pipeline.sources import list_inputs
 from pipeline.steps import make_steps
-from pipeline.storage import LocalStorage, Storage, hash_content, hashed_name, open_storage
+from pipeline.storage import (
+    Content,
+    LocalStorage,
+    Storage,
+    as_storage_error,
+    hash_content,
+    hashed_name,
+    open_storage,
+)
 from pipeline.units import unit_directory, units_of_step
 from pipeline.workflow import hash_json, plan
 
@@ -352,6 +362,41 @@ def test_one_that_was_held_up_stops(root: Root, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StorageError, match=r"was held up, and a run may have .* Run it again"):
         collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
     assert root.has(SHARD["a"])
+
+
+class Full(LocalStorage):
+    """A root without space as long as a file is there."""
+
+    def replace(self, path: str, content: bytes) -> None:
+        self._check(path)
+        super().replace(path, content)
+
+    def create(self, path: str, content: Content) -> bool:
+        self._check(path)
+        return super().create(path, content)
+
+    def _check(self, path: str) -> None:
+        with as_storage_error("write", path):
+            if any("full" in file.path for file in self.files("steps")):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("is_left_by_a_kill", [True, False])
+def test_on_a_full_disk_what_killed_writers_left_goes_first(
+    root: Root, is_left_by_a_kill: bool
+) -> None:
+    root.put_run("m", 1, "a")
+    # As of a process that had this one's number.
+    name = f".staged-{process_place()}-{os.getpid()}-1-full" if is_left_by_a_kill else "full.arrow"
+    Path(root.storage.uri, SHARD["a"], name).write_bytes(b"x")
+    before = root.all()
+    if is_left_by_a_kill:
+        collect_garbage(Full(root.storage.uri), keep_runs=0, grace_s=ALL)
+        assert root.all() == set()
+    else:
+        with pytest.raises(StorageError, match=r"no space left at .* Free some KiB there by hand"):
+            collect_garbage(Full(root.storage.uri), keep_runs=0, grace_s=ALL)
+        assert root.all() == before
 
 
 @pytest.mark.parametrize(
