@@ -6,15 +6,16 @@ looked is made up, once. Processes and signals are in `jobs/cron.py`.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError, RaydiffusionError
+from pipeline.errors import ConfigError, RaydiffusionError, StorageError
 from pipeline.leases import hold_alone
-from pipeline.storage import Storage, damaged
+from pipeline.storage import Storage
 
 LEAST_BACKOFF_S, MOST_BACKOFF_S = 60.0, 6 * 3600.0
 LONGEST_WAIT_S = 60.0  # then the clock is looked at again: it may have been set, or have slept
@@ -134,9 +135,23 @@ class State:
     last: dict[str, Any] | None = field(default=None)
     running_since: float | None = None
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether each field is of its kind; what was read may be damaged."""
+        return (
+            isinstance(self.at, str)
+            and isinstance(self.timezone, str)
+            and isinstance(self.due, int | float)
+            and isinstance(self.failures, int)
+            and isinstance(self.last, dict | None)
+            and isinstance(self.running_since, int | float | None)
+        )
+
 
 def begin(state: State | None, timetable: Timetable, now: float) -> State:
     """The state to go on with: what was due stays due, unless the timetable is another.
+
+    Nothing is due later than it would be from now on: the clock may have been wrong.
 
     Args:
         state: as it was left, if there is one.
@@ -145,7 +160,8 @@ def begin(state: State | None, timetable: Timetable, now: float) -> State:
     """
     at, timezone = timetable.expression, timetable.timezone
     if state is not None and (state.at, state.timezone) == (at, timezone):
-        return state
+        latest = now + MOST_BACKOFF_S if state.failures else _next(timetable, now)
+        return replace(state, due=min(state.due, latest))
     return State(at, timezone, _next(timetable, now), last=state and state.last)
 
 
@@ -208,6 +224,7 @@ def keep_timetable(
         write_state(storage, name, state)
         told = None
         while not wait(0.0):
+            state = begin(state, timetable, now())
             if (left_s := state.due - now()) > 0:
                 if told != state.due:
                     say("waiting", {"due": state.due, "failures": state.failures})
@@ -238,11 +255,17 @@ def read_state(storage: Storage, name: str) -> State | None:
     """
     path = _path(name)
     try:
-        return State(**json.loads(storage.read(path)))
+        state = State(**json.loads(storage.read(path)))
+        if not state.is_sound:
+            raise ValueError("a field is of another kind")
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise damaged(storage, path) from error
+        raise StorageError(
+            f"{storage.uri}/{path} is no state of a timetable. Delete this file and run again: the "
+            "timetable begins anew."
+        ) from error
+    return state
 
 
 def write_state(storage: Storage, name: str, state: State) -> None:
@@ -296,7 +319,13 @@ def _find_zone(name: str | None) -> tzinfo:
     if name is None:
         from tzlocal import get_localzone
 
-        return get_localzone()
+        try:
+            return get_localzone()
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            told = f"TZ={os.environ['TZ']}" if os.environ.get("TZ") else "What this machine says"
+            raise ConfigError(
+                f"{told} is no name of a time zone. Give one, such as --timezone Europe/Berlin."
+            ) from error
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:

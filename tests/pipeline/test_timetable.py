@@ -1,6 +1,5 @@
 """When a verb runs again: expressions as cron reads them, and a clock that is set by hand."""
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -184,6 +183,15 @@ def test_a_time_zone_that_there_is_not_is_refused(name: str) -> None:
         parse("0 3 * * *", name)
 
 
+@pytest.mark.parametrize("rule", ["UTC0", "CET-1CEST,M3.5.0,M10.5.0/3", "/nowhere"])
+def test_a_rule_in_place_of_a_time_zone_is_refused(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", rule)
+    with pytest.raises(ConfigError, match=f"^TZ={rule} is no name of a time zone. Give one, such"):
+        parse_timetable("0 3 * * *", None, NOON)
+
+
 def test_pauses_after_failures_grow_up_to_six_hours() -> None:
     assert [backoff_s(failures) for failures in (1, 2, 3, 4)] == [60, 120, 240, 480]
     assert backoff_s(10) == backoff_s(5000) == 6 * HOUR
@@ -323,7 +331,49 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(
     assert ("note", {"text": "the state is not kept for now: away. Bring it back."}) in world.said
 
 
-def test_a_state_that_cannot_be_read_is_said(world: World) -> None:
-    world.storage.replace("schedules/m.json", json.dumps({"odd": 1}).encode())
-    with pytest.raises(StorageError, match=r"schedules/m.json is missing or not what"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"odd": 1}',
+        b"",
+        b"\0\xff",
+        b"[]",
+        b'{"at": "0 * * * *", "timezone": "UTC", "due": "soon"}',
+    ],
+)
+def test_a_state_that_cannot_be_read_is_said(world: World, content: bytes) -> None:
+    world.storage.replace("schedules/m.json", content)
+    with pytest.raises(
+        StorageError, match=r"schedules/m.json is no state of a timetable\. Delete this file"
+    ):
         world.keep("0 * * * *", 1)
+
+
+def test_a_clock_that_was_ahead_is_forgotten(world: World) -> None:
+    world.time += 10_000 * HOUR
+    world.keep("0 * * * *", 0.5)
+    world.time = NOON  # it was set, and the process started again
+    assert world.keep("0 * * * *", 2.5) == [1, 2]
+
+
+def test_a_clock_that_is_set_back_while_it_waits_is_forgotten(world: World) -> None:
+    world.time += 10_000 * HOUR
+    world.ends_at, wait = world.time + 5 * HOUR, world.wait
+
+    def set_back(seconds: float) -> bool:
+        if world.time > NOON + 10_000 * HOUR:
+            world.time, world.ends_at = NOON, NOON + 2.5 * HOUR
+        return wait(seconds)
+
+    world.wait = set_back
+    assert world.keep("0 * * * *", 5) == [1, 2]
+
+
+def test_a_back_off_by_a_clock_that_was_ahead_is_over_after_the_longest(world: World) -> None:
+    world.time += 10_000 * HOUR
+    world.exit_codes = [5, 5, 0]
+    world.takes_s = 0.0
+    world.keep("0 * * * *", 1.01)
+    world.time = NOON
+    world.exit_codes = []
+    assert world.keep("0 * * * *", 6.5) == [6]
