@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from jobs.console import make_console
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson, Overrides
 from jobs.results import print_json
@@ -65,7 +65,7 @@ def _show(survey: Survey, uri: str, dry_run: bool) -> None:
             units = [unit for unit in survey.garbage if unit.kind == kind]
             table.add_row(kind, f"{len(units):,}", in_bytes(_num_bytes(units)))
         table.add_row("together", f"{len(survey.garbage):,}", in_bytes(_num_bytes(survey.garbage)))
-        Console().print(table, markup=False, highlight=False)
+        make_console().print(table)
     if dry_run:
         for unit in survey.garbage[:SHOWN]:
             last = time.strftime("%Y-%m-%d", time.localtime(unit.modified))
@@ -103,4 +103,4 @@ def _num_bytes(units: Sequence[Unit]) -> int:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    make_console().print(text, soft_wrap=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from jobs import cleaning, cron, exchanging, registry, retrain, sampling, submit
-from jobs.console import EventPrinter, say_what_is_left, show_plan, show_schedules
+from jobs.console import EventPrinter, make_console, say_what_is_left, show_plan, show_schedules
 from jobs.diagnosis import diagnose
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.inspection import show_dataset
@@ -155,7 +154,7 @@ def compare(
         if as_json:
             print_json(asdict(comparison))
         else:
-            show_comparison(Console(), comparison)
+            show_comparison(make_console(), comparison)
 
 
 @app.command()
@@ -166,7 +165,7 @@ def plan(config: ConfigPath, set_: Overrides = None, as_json: AsJson = False) ->
         if as_json:
             print_json(plan_json(planned))
         else:
-            show_plan(Console(), planned.run, planned.steps)
+            show_plan(make_console(), planned.run, planned.steps)
 
 
 @app.command()
@@ -221,12 +220,12 @@ def status(
             if as_json:
                 print_json({"runs": documents})
             else:
-                show_runs(Console(), storage.uri, documents)
+                show_runs(make_console(), storage.uri, documents)
         else:
             document = read_run(storage, run_name)
             document["progress"] = read_progress(storage, document)
             document["cycle"] = cycle
-            print_json(document) if as_json else show_run(Console(), document)
+            print_json(document) if as_json else show_run(make_console(), document)
 
 
 @app.command()
@@ -253,7 +252,7 @@ def report(
         if as_json:
             print_json({what: page})
         else:
-            Console().print(f"{what}: {page}", highlight=False, soft_wrap=True)
+            make_console().print(f"{what}: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -286,7 +285,7 @@ def schedules(
         if as_json:
             print_json({"output": str(output), "schedules": rows})
         else:
-            show_schedules(Console(), rows, output)
+            show_schedules(make_console(), rows, output)
 
 
 for part in (retrain, sampling, exchanging, registry, submit, cron, cleaning):
@@ -304,7 +303,7 @@ def _run_steps(
     output: Path | None = None,
     find_subject: Callable[[Config], Subject | None] = lambda config: None,
 ) -> None:
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     printer = EventPrinter(console)
     with errors_to_exit_codes(as_json):
         started = time.monotonic()

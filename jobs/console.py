@@ -21,6 +21,11 @@ WAIT_LINE_EVERY_S = 5.0
 SAID_FROM_BYTES = 1 << 28  # of reading before there is a plan
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that prints what it is given: a path may look like markup, or an emoji."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def show_plan(console: Console, run: str, steps: Sequence[PlannedStep]) -> None:
     """Prints what would happen to each step, and why."""
     table = Table(box=None, pad_edge=False, title=f"run {run}", title_justify="left")
@@ -45,7 +50,6 @@ def say_what_is_left(console: Console, config: Config, planned: Plan) -> None:
     console.print(
         f"run {planned.run}: {len(left)} of {len(planned.steps)} steps to do, on {places}; "
         "steps share the cluster where they fit, otherwise one follows the other",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -142,9 +146,7 @@ class EventPrinter:
         return True
 
     def _line(self, step: str, text: str, style: str | None = None) -> None:
-        self.console.print(
-            f"{step:<10} {text}", style=style, highlight=False, markup=False, soft_wrap=True
-        )
+        self.console.print(f"{step:<10} {text}", style=style, soft_wrap=True)
 
 
 def _details(fields: Mapping[str, Any]) -> str:
@@ -173,8 +175,8 @@ def show_schedules(console: Console, rows: list[dict[str, Any]], output: Path) -
     console.print(table)
     for row in rows:
         if row["warning"]:
-            console.print(f"note: {row['warning']}", highlight=False, markup=False)
-    console.print(f"drawn: {output}", highlight=False, soft_wrap=True)
+            console.print(f"note: {row['warning']}")
+    console.print(f"drawn: {output}", soft_wrap=True)
 
 
 def show_exchanged(console: Console, verb: str, target: Path | str, exchanged: Any) -> None:
@@ -191,8 +193,8 @@ def show_exchanged(console: Console, verb: str, target: Path | str, exchanged: A
         "weights": f"{' and '.join(document.weights)} after {document.global_step:,} steps, "
         f"{exchanged.num_parameters:,} numbers",
     }
-    console.print(f"{verb} {target} to {exchanged.output}", highlight=False, soft_wrap=True)
+    console.print(f"{verb} {target} to {exchanged.output}", soft_wrap=True)
     for heading, text in rows.items():
-        console.print(f"{heading:10} {text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{heading:10} {text}", soft_wrap=True)
     for note in exchanged.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True)

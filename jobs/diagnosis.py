@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.console import make_console
 from pipeline.preflight import Check, examine
 from pipeline.settings import Config
 
@@ -22,7 +23,7 @@ def diagnose(config: Config, *, as_json: bool) -> None:
         RaydiffusionError: of the first check that failed.
         typer.Exit: likewise, where the JSON has said it all.
     """
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     # Ray prints to stdout when a worker dies, where a program expects one JSON object.
     quiet = contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
     with console.status("looking"), quiet:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from jobs.console import show_exchanged
+from jobs.console import make_console, show_exchanged
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson, Overrides, TrainedRoot
 from jobs.results import exchanged_json, print_json
@@ -66,7 +65,7 @@ def import_(
         if as_json:
             print_json(exchanged_json(done))
         else:
-            show_exchanged(Console(), "imported", target, done)
+            show_exchanged(make_console(), "imported", target, done)
 
 
 @app.command()
@@ -91,4 +90,4 @@ def export(
         if as_json:
             print_json(exchanged_json(done))
         else:
-            show_exchanged(Console(), "exported", target, done)
+            show_exchanged(make_console(), "exported", target, done)

@@ -18,7 +18,7 @@ def show_dataset(console: Console, document: Mapping[str, Any], contact_sheet: s
     from pipeline.readers.names import show  # numpy: only here
 
     def say(text: str) -> None:  # names may look like markup or :emoji:
-        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     digits = ".4g" if document["dtype"] == "float32" else ".1f"
     files = [file for shard in document["shards"] for file in shard["files"]]

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from jobs.console import make_console
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson
 from jobs.results import print_json
@@ -224,8 +224,8 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table, markup=False, highlight=False)
+    make_console().print(table)
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    make_console().print(text, soft_wrap=True)

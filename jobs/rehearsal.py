@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import typer
-from rich.console import Console
 
+from jobs.console import make_console
 from pipeline.drill import Drill, Kind, run_drill
 from pipeline.settings import Config
 
@@ -17,10 +17,10 @@ def rehearse(config: Config, kind: Kind, *, num_steps: int, outage_s: float, as_
         RaydiffusionError: the training failed, before the strike or for good.
         typer.Exit: likewise, where the JSON has said it all.
     """
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     done = run_drill(config, kind, num_steps=num_steps, outage_s=outage_s, tell=say)
     if as_json:

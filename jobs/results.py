@@ -14,9 +14,9 @@ from pipeline.driver import Outcome, Plan
 def show_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
     """Prints what a command did."""
     if outcome.plan.is_cached:
-        console.print(f"Everything was there already ({seconds:.1f} s).", highlight=False)
+        console.print(f"Everything was there already ({seconds:.1f} s).")
     else:
-        console.print(f"Finished in {seconds:.0f} s.", highlight=False)
+        console.print(f"Finished in {seconds:.0f} s.")
     if "evaluate" in outcome.manifests:
         score = outcome.manifests["evaluate"]["metrics"]
         show_score(console, score)
@@ -25,14 +25,12 @@ def show_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
         word = "promoted" if promotion["promoted"] else "not promoted"
         console.print(
             f"version {promotion['version']} {word}: {promotion['reason']}",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )
     if outcome.search:
-        console.print(f"search: {outcome.search}", highlight=False, soft_wrap=True)
+        console.print(f"search: {outcome.search}", soft_wrap=True)
     if outcome.report:
-        console.print(f"report: {outcome.report}", highlight=False, soft_wrap=True)
+        console.print(f"report: {outcome.report}", soft_wrap=True)
 
 
 def show_runs(console: Console, uri: str, documents: list[dict[str, Any]]) -> None:
@@ -59,7 +57,6 @@ def show_run(console: Console, document: dict[str, Any]) -> None:
     console.print(
         f"run {document['run']}: {last['outcome']}, started {_local_time(last['started'])}, "
         f"{len(document['executions'])} execution(s)",
-        highlight=False,
         soft_wrap=True,
     )
     if document["live"]:
@@ -77,14 +74,13 @@ def show_run(console: Console, document: dict[str, Any]) -> None:
             f"training is at step {progress['global_step']:,} of {progress['num_steps']:,}, "
             f"{progress['images_per_s']:.0f} images/s, loss {progress['loss']:.4f}, "
             f"{progress['seconds_left']:.0f} s left",
-            highlight=False,
             soft_wrap=True,
         )
     if cycle := document["cycle"]:
         outcome = cycle["outcome"]
         said = outcome["sentence"] if outcome else "not over; `retrain` goes on with it"
         text = f"cycle {cycle['number']} of retraining: {said}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def exchanged_json(exchanged: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.console import EventPrinter, say_what_is_left
+from jobs.console import EventPrinter, make_console, say_what_is_left
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson, ConfigPath, Overrides
 from jobs.results import outcome_json, print_json, show_outcome
@@ -43,7 +43,7 @@ def retrain(
     as_json: AsJson = False,
 ) -> None:
     """Train on what is new, from the champion, and promote the model if it is better."""
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     printer = EventPrinter(console)
     with errors_to_exit_codes(as_json):
         started = time.monotonic()
@@ -85,7 +85,7 @@ def accept(
     as_json: AsJson = False,
 ) -> None:
     """Judge a model by the present data set and extractor from now on; score its champion again."""
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     printer = EventPrinter(console)
     with errors_to_exit_codes(as_json):
         _refuse_torchrun()
@@ -162,4 +162,4 @@ def _stdout_kept_for_json(as_json: bool) -> contextlib.redirect_stdout[Any]:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

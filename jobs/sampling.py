@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from jobs.console import EventPrinter
+from jobs.console import EventPrinter, make_console
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson, Overrides, TrainedRoot, TrainedTarget
 from jobs.results import print_json
@@ -28,7 +27,7 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw samples of a trained model on this machine, without Ray, as PNG and Arrow files."""
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     printer = EventPrinter(console)
     with errors_to_exit_codes(as_json, on_interrupt="Interrupted. Nothing is written."):
         from pipeline.sample_files import write_samples  # torch: only here
@@ -47,4 +46,4 @@ def sample(
             print_json(asdict(done))
         else:
             text = f"{done.num_samples:,} samples of {done.name} in {done.output}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.scores import show_number
@@ -27,13 +26,13 @@ def show_score(console: Console, score: Mapping[str, Any]) -> None:
 def show_comparison(console: Console, comparison: "Comparison") -> None:
     """Prints two scores side by side."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("", *map(escape, comparison.names)):
+    for heading in ("", *comparison.names):
         table.add_column(heading, overflow="fold")
     by_record = [{name: value for name, value, _ in _all_rows(r)} for r in comparison.records]
     names = [*by_record[0], *(name for name in by_record[1] if name not in by_record[0])]
     for name in names:
         values = (of_one.get(name, "-") for of_one in by_record)
-        table.add_row(*map(escape, (name, *values)))
+        table.add_row(name, *values)
     console.print(table)
     for name, record in zip(comparison.names, comparison.records, strict=True):
         if record["copies"] is not None and record["copies"]["is_memorising"]:
@@ -91,4 +90,4 @@ def _rows(score: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.console import make_console
 from jobs.exit_codes import errors_to_exit_codes
 from jobs.options import AsJson
 from jobs.results import print_json
@@ -104,7 +105,7 @@ def submit(
             submitted_as=f"submit {shlex.join(options)} {command_of(path, overrides)}",
         )  # fmt: skip
         job_id, is_new = submit_or_find(server, submission)
-        console = Console(stderr=as_json)
+        console = make_console(stderr=as_json)
         size = f"{len(package.files)} files, {in_bytes(package.num_bytes)}"
         done = f"submitted ({size})" if is_new else "runs already: following it"
         _say(console, f"job {job_id} {done}")
@@ -152,7 +153,7 @@ def stop(job_id: JobId, address: Address = DEFAULT_ADDRESS, as_json: AsJson = Fa
             print_json(_job_json(job))
         else:
             word = "had ended before" if had_ended else "ended"
-            _say(Console(), f"job {job_id} {word}: {job.status.lower()}")
+            _say(make_console(), f"job {job_id} {word}: {job.status.lower()}")
 
 
 @app.command()
@@ -163,9 +164,9 @@ def jobs(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
         if as_json:
             print_json({"jobs": [_job_json(job) for job in found]})
         elif not found:
-            _say(Console(), f"The cluster at {address} knows no jobs.")
+            _say(make_console(), f"The cluster at {address} knows no jobs.")
         else:
-            _show_jobs(Console(), found)
+            _show_jobs(make_console(), found)
 
 
 def _split(command: Sequence[str]) -> tuple[str, Path, list[str]]:
@@ -221,7 +222,7 @@ def _follow(
         if as_json:
             print_json({**_job_json(job), "is_new": is_new})
         else:
-            _say(Console(), f"job {job_id} {job.status.lower()}, exit code {job.exit_code}")
+            _say(make_console(), f"job {job_id} {job.status.lower()}, exit code {job.exit_code}")
     raise typer.Exit(job.exit_code)
 
 
@@ -246,4 +247,4 @@ def _show_jobs(console: Console, found: Sequence[Job]) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)

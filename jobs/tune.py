@@ -39,7 +39,7 @@ def show_search(console: Console, metrics: Mapping[str, Any], command: str) -> N
         said = f"not distinguishable within the spread over seeds: {tied}; recommended: {name}"
     counts = ", ".join(f"{count} {word}" for word, count in metrics["counts"].items())
     for line in (f"search: {said}", f"{counts}, {metrics['cost']['images']:,} images"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print("to train it:", highlight=False)
+        console.print(line, soft_wrap=True)
+    console.print("to train it:")
     text = training_command(metrics["overrides"], command)
-    console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"  {text}", soft_wrap=True)

@@ -109,6 +109,25 @@ def test_an_unknown_run(tmp_path: Path, call_cli: RunCli) -> None:
     assert_refused(call_cli("status", "digits-0", cwd=tmp_path), 2, "There is no run 'digits-0'")
 
 
+def test_a_directory_that_looks_like_markup_is_printed_as_it_is(
+    tmp_path: Path, call_cli: RunCli
+) -> None:
+    root = tmp_path / "exp [draft] :smile: [" / "runs"
+    root.mkdir(parents=True)
+    said = call_cli("status", str(root), cwd=tmp_path).stdout
+    assert said == f"There are no runs below {root}.\n"
+    step = {"state": "planned", "reason": "data.sources was d[/**/*.tar :smile:"}
+    execution = {"started": 1.0, "ended": 2.0, "outcome": "done", "steps": {"train": step}}
+    document = {
+        "run": "m-1", "name": "m", "identities": {}, "directories": {}, "executions": [execution]
+    }  # fmt: skip
+    open_storage(str(root)).create("runs/m-1/run.json", json.dumps(document).encode())
+    said = call_cli("status", "m-1", "--root", str(root), cwd=tmp_path).stdout
+    assert "data.sources was d[/**/*.tar :smile:" in said
+    said = call_cli("report", str(root), cwd=tmp_path).stdout
+    assert said == f"home: {root}/index.html\n"
+
+
 def test_errors_are_json_when_asked(tmp_path: Path, call_cli: RunCli) -> None:
     done = call_cli("plan", "none.toml", "--json", cwd=tmp_path)
     assert done.returncode == 2

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from jobs.console import make_console
 from jobs.inspection import show_dataset
 from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
@@ -75,7 +75,9 @@ def show(tmp_path: Path) -> Callable[..., list[str]]:
             units.append({**unit, "files": [], "splits": splits, "left_out": {}, "refused": []})
         document = make_document(data, LocalStorage(str(tmp_path)), shards, units, ignored)
         output = io.StringIO()
-        show_dataset(Console(file=output, width=40), document, "here/sheet.png")
+        console = make_console()
+        console.file, console.width = output, 40
+        show_dataset(console, document, "here/sheet.png")
         return output.getvalue().splitlines()
 
     return run

@@ -4,8 +4,8 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from jobs.console import make_console
 from jobs.scores import show_comparison, show_score
 from pipeline.protocol import Comparison
 
@@ -34,9 +34,10 @@ def record(value: float = 12.0, **changes: Any) -> dict[str, Any]:
 
 
 def printed(show: Any, shown: Any) -> str:
-    out = io.StringIO()
-    show(Console(file=out, width=160), shown)
-    return out.getvalue()
+    console = make_console()
+    console.file, console.width = io.StringIO(), 160
+    show(console, shown)
+    return console.file.getvalue()
 
 
 def compared(
