@@ -1,6 +1,7 @@
 """The step `report`: all about a run or an evaluation, on one page that needs no other file."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.workflow import StepContext
 
 COLUMNS, SHOWN = 8, 64
 TILE_PX, STRIP_TILE_PX = 50, 88  # about how large one image is drawn
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
 
 
 def report(context: StepContext) -> dict[str, Any]:
@@ -143,17 +145,26 @@ def render(template: str, **values: Any) -> str:
 
 def _config_text(config: dict[str, Any]) -> str:
     """A config as the TOML that would make it; what is not set is left out."""
-    top = [f"{k} = {json.dumps(v)}" for k, v in config.items() if not isinstance(v, dict)]
+    top = _toml_pairs({k: v for k, v in config.items() if not isinstance(v, dict)})
     sections = [
-        f"\n[{name}]\n" + "\n".join(_toml_line(k, v) for k, v in section.items() if v is not None)
+        "\n".join([f"\n[{name}]", *_toml_pairs(section)])
         for name, section in config.items()
         if isinstance(section, dict)
     ]
     return "\n".join([*top, *sections])
 
 
-def _toml_line(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        inner = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items())
-        return f"{key} = {{ {inner} }}" if inner else f"{key} = {{}}"
-    return f"{key} = {json.dumps(value)}"
+def _toml_pairs(table: dict[str, Any]) -> list[str]:
+    keys = {k: k if _BARE_KEY.fullmatch(k) else _toml_value(k) for k in table}
+    return [f"{keys[k]} = {_toml_value(v)}" for k, v in table.items() if v is not None]
+
+
+def _toml_value(value: Any) -> str:
+    match value:
+        case dict():
+            pairs = ", ".join(_toml_pairs(value))
+            return f"{{ {pairs} }}" if pairs else "{}"
+        case list():
+            return f"[{', '.join(map(_toml_value, value))}]"
+        case _:
+            return json.dumps(value, ensure_ascii=False)  # TOML has no surrogate pairs

@@ -1,6 +1,7 @@
 """The page of an evaluation: with classes, with sequences, and where scores are missing."""
 
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from pipeline.config import load_config
-from pipeline.report.page import report_evaluation
+from pipeline.report.page import _config_text, report_evaluation
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (64, 1, 8, 8), np.uint8)
@@ -122,3 +123,23 @@ def test_images_that_were_given_and_refused_are_counted(page: Callable[..., str]
     assert "643, of which 3 were refused" in text
     assert '<th scope="row">truncated</th><td class="n">2</td>' in text
     assert "given images" not in page({"samples": IMAGES, "real": IMAGES})
+
+
+def test_the_config_on_a_page_is_toml() -> None:
+    config = {
+        "name": "m",
+        "none": None,
+        "tune": {
+            "vary": {"train.learning_rate": {"low": 1e-5, "high": 1.0, "step": None}, "x": {}},
+            "values": [{"a": "\U0001f600 \u00e9"}, [1, 2.5, True]],
+        },
+        "data": {"sources": ["a [b].tar"], "shard": None},
+    }
+    assert tomllib.loads(_config_text(config)) == {
+        "name": "m",
+        "tune": {
+            "vary": {"train.learning_rate": {"low": 1e-5, "high": 1.0}, "x": {}},
+            "values": [{"a": "\U0001f600 \u00e9"}, [1, 2.5, True]],
+        },
+        "data": {"sources": ["a [b].tar"]},
+    }
