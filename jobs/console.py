@@ -1,6 +1,7 @@
 """How events and results look: bars on a terminal, quiet lines elsewhere."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,19 @@ WAIT_LINE_EVERY_S = 5.0
 SAID_FROM_BYTES = 1 << 28  # of reading before there is a plan
 
 
+class PlainConsole(Console):
+    """One whose reader may go, as `head` does: then the work is done unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Takes the place of an exit, which would end a run as if it were interrupted."""
+        self.quiet = True
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # also for what is still buffered
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """A console that prints what it is given: a path may look like markup, or an emoji."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return PlainConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def show_plan(console: Console, run: str, steps: Sequence[PlannedStep]) -> None:

@@ -122,4 +122,4 @@ def _local_time(seconds: float) -> str:
 
 def print_json(document: dict[str, Any]) -> None:
     """Prints the one JSON object of a command."""
-    print(json.dumps(document, indent=1))
+    print(json.dumps(document, indent=1), flush=True)  # a pipe that is closed is met here

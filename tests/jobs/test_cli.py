@@ -1,7 +1,9 @@
 """Bad input: one sentence with the remedy, the exit code of the design, nothing half-written."""
 
 import json
+import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -126,6 +128,20 @@ def test_a_directory_that_looks_like_markup_is_printed_as_it_is(
     assert "data.sources was d[/**/*.tar :smile:" in said
     said = call_cli("report", str(root), cwd=tmp_path).stdout
     assert said == f"home: {root}/index.html\n"
+
+
+@pytest.mark.parametrize("option", ["--root", "--json"])
+def test_a_reader_that_goes_is_no_interruption(option: str, tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    arguments = ["models", *(("--root", "runs") if option == "--root" else (option,))]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", *arguments],
+        cwd=tmp_path, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    os.close(writes)
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
 
 
 def test_errors_are_json_when_asked(tmp_path: Path, call_cli: RunCli) -> None:
