@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.processes import is_tag_dead, process_tag
 
 Content = bytes | Sequence[memoryview]  # whole, or in parts
@@ -87,12 +87,29 @@ class Storage(Protocol):
 
 
 def open_storage(root: str) -> Storage:
-    """Opens a storage root by path or URI; nothing is created yet."""
-    if "://" in root and not root.startswith("file://"):
+    """Opens a storage root by path or URI; nothing is created yet.
+
+    Raises:
+        ConfigError: it can be neither.
+    """
+    scheme, is_uri, rest = root.partition("://")
+    if "\0" in root or (is_uri and not (scheme and rest.strip("/"))):
+        raise ConfigError(
+            f"A storage root must be a directory or a URI with a bucket, got {root!r}. Write for "
+            'example storage.root = "runs" or "s3://bucket/runs".'
+        )
+    if is_uri and scheme != "file":
         from pipeline.object_storage import ObjectStorage  # rests on this module
 
         return ObjectStorage(root.rstrip("/"))
-    return LocalStorage(str(Path(root.removeprefix("file://")).expanduser().resolve()))
+    try:
+        path = Path(root.removeprefix("file://")).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The storage root {root!r} is in the home of a user that there is not. Write ./ "
+            "before it if a directory is called so."
+        ) from error
+    return LocalStorage(str(path.resolve()))
 
 
 def claim(storage: Storage, path: str, content: bytes) -> bool:

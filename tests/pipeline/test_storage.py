@@ -13,7 +13,7 @@ import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import object_storage
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.leases import hold_lease
 from pipeline.processes import process_tag
 from pipeline.registry import Registry
@@ -132,6 +132,12 @@ def test_hidden_files_are_not_listed_and_below_a_file_is_nothing(
     assert not storage.exists("d/1/x")
     with pytest.raises(FileNotFoundError):
         storage.read("d/1/x")
+
+
+@pytest.mark.parametrize("root", ["~nosuchuser/runs", "s3://", "://", "://runs", "a\0b"])
+def test_a_root_that_can_be_none_is_refused(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?i)storage root .*\. Write "):
+        open_storage(root)
 
 
 def test_a_local_path_is_the_file_itself(tmp_path: Path) -> None:
