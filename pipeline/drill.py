@@ -20,6 +20,7 @@ preprocessed, is linked to.
 import contextlib
 import enum
 import json
+import math
 import os
 import shutil
 import signal
@@ -98,6 +99,8 @@ def run_drill(
         ConfigError: the config cannot be drilled this way, or the training was over too soon.
         RaydiffusionError: the training failed before it was struck.
     """
+    if not 0 <= outage_s < math.inf:
+        raise ConfigError(f"--outage takes seconds from 0 on, got {outage_s:g}. Change it.")
     started = time.monotonic()
     with scratch_place() as (scratch, environment):
         short = shorten(config, kind, num_steps, str(scratch / "storage"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +49,12 @@ def test_what_cannot_be_drilled_is_refused_before_anything_starts(
     config = load_config(tiny_config, settings)
     with pytest.raises(ConfigError, match=message):
         run_drill(config, Kind.node, num_steps=num_steps)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_an_outage_is_some_seconds(seconds: float, tiny_config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--outage takes seconds from 0 on, got "):
+        run_drill(load_config(tiny_config), Kind.storage, outage_s=seconds)
 
 
 def test_a_data_set_that_is_preprocessed_is_linked_to(tiny_config: Path, tmp_path: Path) -> None:
