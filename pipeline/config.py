@@ -120,9 +120,10 @@ def absolute_source(source: str, base: Path) -> str:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
+    shown = dotted if is_secret(override) else override
     if not equals or not all(dotted.split(".")):
         raise ConfigError(
-            f"--set takes section.key=value, got {override!r}. "
+            f"--set takes section.key=value, got {shown!r}. "
             "Write for example --set train.num_steps=2000."
         )
     try:
@@ -134,7 +135,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(
-                f"--set {override}: {section!r} is no section. Check the part before the dot."
+                f"--set {shown}: {section!r} is no section. Check the part before the dot."
             )
     values[key] = value
 
@@ -187,7 +188,9 @@ def _fault_lines(fault: Any) -> list[str]:
             return [f"{where}: {line}" if where else line for line in lines]
         case _:
             message = fault["msg"].removeprefix("Input ").rstrip(".")
-            return [f"{where} {message}, got {fault['input']!r}. Change it."]
+            if not is_secret(where):
+                message += f", got {fault['input']!r}"
+            return [f"{where} {message}. Change it."]
 
 
 def _nearest(key: str, valid: Sequence[str]) -> str:

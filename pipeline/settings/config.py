@@ -62,6 +62,16 @@ class Config(Section):
     # Where others could read it, in records, reports and what workers are sent, it is left out.
     notify: NotifyConfig = Field(default=NotifyConfig(), exclude=True)
 
+    @field_validator("name")
+    @classmethod
+    def _be_no_path(cls, name: str) -> str:
+        if name.endswith(".toml"):
+            raise ValueError(
+                f"must not end in .toml, which means a config to all verbs, got {name!r}. Leave "
+                "the ending out."
+            )
+        return name
+
     @model_validator(mode="after")
     def _agree_across_sections(self) -> Self:
         divisor = 2 ** (len(self.model.dim_mults) - 1)

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from jobs import retrain
 from jobs.cli import app
-from pipeline.errors import ClusterError
+from pipeline.config import load_config
+from pipeline.errors import ClusterError, ConfigError
 from pipeline.retrain import Cycle
 
 TOKEN = "T0KEN-of-a-webhook"
@@ -68,3 +69,11 @@ def test_what_is_submitted_has_no_webhook(tiny_config: Path, run_cli: Callable[.
     replaced = ("--set", "notify.on_promote=env:HOOK")  # the file goes along as it is
     done = run_cli("submit", "run", str(tiny_config), *replaced, cwd=cwd)
     assert (done.returncode, "notify.on_promote in" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("override", [f'notify="{HOOK}"', f"notify.on_promote.x.y={HOOK}"])
+def test_a_url_in_the_wrong_place_is_not_shown(override: str, tiny_config: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(tiny_config, ["notify.on_promote=env:X", override])
+    assert "notify" in str(raised.value)
+    assert HOOK not in str(raised.value)

@@ -277,3 +277,8 @@ def test_weights_are_beside_the_config(tmp_path: Path, monkeypatch: pytest.Monke
     ):
         settings = ["features.extractor=a:b", f"features.weights={weights}"]
         assert load_config(write(tmp_path, MINIMAL), settings).features.weights == found
+
+
+def test_a_model_is_not_called_as_a_config_is(tiny_config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"name: must not end in \.toml.* Leave the ending out"):
+        load_config(tiny_config, ["name=x.toml"])
