@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 State = Literal["nothing_new", "promoted", "kept", "asks", "held"]
 KEYED_BY = ("preprocess", "train", "evaluate", "promote")  # steps whose settings tell cycles apart
 SHOWN = 3  # names of shards in a sentence
+_BECAME = {  # by how a cycle ended
+    "promoted": "became the champion",
+    "asks": "was left for a decision",
+    "kept": "was kept",
+}
 SUPERSEDED = "superseded"  # how a cycle ended that was cut short and that another follows
 
 
@@ -291,7 +296,13 @@ def _outcome(
 def _nothing_new(registry: Registry, outcome: Mapping[str, Any] | None) -> Cycle:
     sentence = "Nothing new: no input shard that the champion was not trained on"
     if outcome is not None:
-        sentence = f"Nothing new since cycle {outcome['number']} ({outcome['sentence']})"
+        sentence = f"Nothing new since cycle {outcome['number']}"
+        if (became := _BECAME.get(outcome["state"])) is None:
+            sentence += f" ({outcome['sentence']})"
+        else:  # others may have been promoted since
+            champion = registry.champion()
+            now = f"the champion is version {champion['number']}" if champion else "it has none"
+            sentence += f", when version {outcome['version']} of {registry.name} {became}; {now}"
     return Cycle("nothing_new", f"{sentence}.", held=tuple(held_shards(registry)))
 
 

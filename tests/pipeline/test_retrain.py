@@ -191,7 +191,9 @@ def test_the_same_again_finds_that_it_was_done(model: Model) -> None:
     assert kept.sentence == "Version 2 of tiny is kept, and the champion stays: not lower."
     again = model.retrain(config)
     assert (again.state, again.is_refused) == ("nothing_new", False)
-    assert "Nothing new since cycle 1 (Version 2 of tiny is kept" in again.sentence
+    assert again.sentence == (
+        "Nothing new since cycle 1, when version 2 of tiny was kept; the champion is version 1."
+    )
     assert len(model.ran) == 1
     # Where it runs changes nothing; what it learns, or how it is judged, does.
     assert model.retrain(model.config("train.cpus_per_worker=2", shards=(0, 1))).number is None
