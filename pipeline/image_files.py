@@ -25,6 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pipeline.readers.entries import Refused
 from pipeline.settings import DataConfig
 
+MAX_JPEG_MARKERS = 10_000  # looked at one by one where there may be too many scans
 MAX_JPEG_SCANS = 100  # each costs a pass over all pixels for ten bytes of file; usual are 10
 
 _OPENERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
@@ -129,13 +130,16 @@ def _has_too_many_scans(content: bytes) -> bool:
     if content.count(b"\xff\xda") <= MAX_JPEG_SCANS:
         return False
     start, count = 2, 0
-    while count <= MAX_JPEG_SCANS and (marker := _JPEG_MARKER.search(content, start)):
-        if marker[0] == b"\xff\xd9":
-            break
+    for _ in range(MAX_JPEG_MARKERS):
+        marker = _JPEG_MARKER.search(content, start)
+        if marker is None or marker[0] == b"\xff\xd9":
+            return False
         count += marker[0] == b"\xff\xda"
+        if count > MAX_JPEG_SCANS:
+            return True
         body = marker.end()
         start = body + max(2, int.from_bytes(content[body : body + 2], "big"))
-    return count > MAX_JPEG_SCANS
+    return True
 
 
 def _check_tiff(image: TiffImageFile, content: bytes, data: DataConfig) -> None:

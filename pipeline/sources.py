@@ -121,9 +121,11 @@ def list_inputs(
     used = {file.uri: file for shard in shards for file in shard.files}
     ignored |= {file.uri: file.name for file in files if file.uri not in used}  # labels alone
     unlabelled = {s.files[0].uri for s in shards if s.format == "idx" and len(s.files) == 1}
+    paired = {_spelt_alike(uri) for uri in used}  # labels may also be there unpacked
     for pattern in data.sources:
         _check_pattern(pattern, [used[uri] for uri in uris[pattern] if uri in used], data)
-        _check_pairs(uris[pattern] & unlabelled, uris[pattern] - used.keys())
+        spare = {uri for uri in uris[pattern] - used.keys() if _spelt_alike(uri) not in paired}
+        _check_pairs(uris[pattern] & unlabelled, spare)
     hashed = hash_files(list(used.values()), storage, read_remote=read_remote, on_hash=on_hash)
     known = {file.uri: file for file in hashed}
     shards = [replace(s, files=tuple(known[file.uri] for file in s.files)) for s in shards]
@@ -302,6 +304,11 @@ def _labels_of(images: InputFile, labels: Mapping[str, InputFile]) -> InputFile 
 def _lower_name(uri: str) -> str:
     directory, slash, name = uri.rpartition("/")
     return f"{directory}{slash}{name.lower()}"
+
+
+def _spelt_alike(uri: str) -> str:
+    """The same for all spellings of the name of an IDX file, compressed or not."""
+    return _lower_name(uri).removesuffix(".gz").replace(".", "-")
 
 
 def _label_names(images: str) -> list[str]:

@@ -31,7 +31,8 @@ class Sample:
 
     def __init__(self, key: str, suffixes: tuple[str, ...], *, is_repeated: bool) -> None:
         self.key = key
-        self._suffixes, self._is_repeated = suffixes, is_repeated
+        self.is_repeated = is_repeated
+        self._suffixes = suffixes
         self._is_late = is_repeated  # labels alone
         self._image: Item | Refusal | None = None
         self._spare: Item | Refusal | None = None  # the first with a longer name
@@ -49,7 +50,7 @@ class Sample:
         """
         rest = name[len(self.key) :].lower()
         is_image, is_label = rest.endswith(self._suffixes), rest in LABEL_SUFFIXES
-        if self._is_repeated and is_image:
+        if self.is_repeated and is_image:
             self._is_late = False
             yield self._refuse(name, f"its key came before, and {_MUST_FOLLOW}")
         elif is_image and rest in self._suffixes:
@@ -83,7 +84,7 @@ class Sample:
             label_field: of the object in `.json`.
             may_lack: whether the archive ends too early, and samples before had labels: one without
                 is refused.
-            may_be_late: whether images before have no label.
+            may_be_late: whether the image of this key, which came before, has no label.
         """
         item = self._image or self._spare
         if item is None:

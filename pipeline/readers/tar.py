@@ -69,8 +69,8 @@ def _judge_end(
 
 
 def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) -> Iterator[Entry]:
-    suffixes, keys, sample = item_suffixes(data), _Keys(), None
-    has_labels = has_unlabelled = False
+    suffixes, sample, has_labels = item_suffixes(data), None, False
+    keys, unlabelled = _Keys(), _Keys()
     for member in headers:
         name = strip_here(member.name)
         if member.kind == "a directory":
@@ -82,20 +82,23 @@ def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) ->
         key = name if dot < 0 else name[:dot]
         if sample is None or sample.key != key:
             if sample is not None:
-                for entry in sample.finish(data.label_field, may_be_late=has_unlabelled):
+                may_be_late = sample.is_repeated and sample.key in unlabelled
+                for entry in sample.finish(data.label_field, may_be_late=may_be_late):
                     if isinstance(entry, Item):
                         has_labels |= entry.label is not None
-                        has_unlabelled |= entry.label is None
+                        if entry.label is None:
+                            unlabelled.add(sample.key)
                     yield entry
             sample = Sample(key, suffixes, is_repeated=not keys.add(key))
         yield from sample.add(name, member.size, stream)
     if sample is not None:
         may_lack = has_labels and headers.end != "mark"
-        yield from sample.finish(data.label_field, may_lack=may_lack, may_be_late=has_unlabelled)
+        may_be_late = sample.is_repeated and sample.key in unlabelled
+        yield from sample.finish(data.label_field, may_lack=may_lack, may_be_late=may_be_late)
 
 
 class _Keys:
-    """The keys that have been, as 8 bytes of the hash of each: 16 to 32 MB for a million."""
+    """Keys that have been, as 8 bytes of the hash of each: 16 to 32 MB for a million."""
 
     def __init__(self) -> None:
         self._slots = array("Q", bytes(8 * 1024))  # 0: free
@@ -103,12 +106,11 @@ class _Keys:
 
     def add(self, key: str) -> bool:
         """Remembers a key; whether it is new."""
-        digest = blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         if 2 * self._count >= len(self._slots):
             old, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
             for number in filter(None, old):
                 self._slots[self._find(number)] = number
-        number = int.from_bytes(digest, "big") or 1
+        number = _number_of(key)
         place = self._find(number)
         if self._slots[place]:
             return False
@@ -116,8 +118,16 @@ class _Keys:
         self._count += 1
         return True
 
+    def __contains__(self, key: str) -> bool:
+        return bool(self._slots[self._find(_number_of(key))])
+
     def _find(self, number: int) -> int:
         place = number % len(self._slots)
         while self._slots[place] not in (0, number):
             place = (place + 1) % len(self._slots)
         return place
+
+
+def _number_of(key: str) -> int:
+    digest = blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") or 1

@@ -607,6 +607,12 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     assert decode(content[:2] + segment(0xFE, 200 * b"\xff\xda") + content[2:]).shape == (3, 16, 16)
 
 
+def test_a_jpeg_of_very_many_segments_is_refused_before_all_are_gone_through() -> None:
+    content = encode(picture(), "JPEG", progressive=True)
+    many = segment(0xFE, 200 * b"\xff\xda") + 20_000 * b"\xff\xfe\0\2"
+    assert refusal(content[:2] + many + content[2:])[0] == "undecodable"
+
+
 @pytest.mark.parametrize(
     "end",
     [

@@ -125,6 +125,15 @@ def test_labels_that_lie_elsewhere_than_their_images_are_told(
     assert [len(shard.files) for shard in inputs_of("in/images").shards] == [1]
 
 
+def test_labels_that_are_there_packed_as_well_are_no_fault(
+    tmp_path: Path, inputs_of: Callable[..., Inputs]
+) -> None:
+    names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "train-labels-idx1-ubyte.gz"]
+    for name in (*names, "t10k-images-idx3-ubyte"):
+        write(tmp_path / "in" / name)
+    assert sorted(len(shard.files) for shard in inputs_of("in").shards) == [1, 2]
+
+
 def test_the_labels_of_an_idx_file_are_those_of_its_own_source(
     tmp_path: Path, inputs_of: Callable[..., Inputs]
 ) -> None:

@@ -174,7 +174,9 @@ def test_a_label_that_comes_after_its_image_is_refused() -> None:
     assert ("b.json", "ignored", 0) in outline(read(pack(members), no_json))
 
 
-@pytest.mark.parametrize("first", ["", "a.cls b.cls", "a.png a.cls b.png b.cls"])
+@pytest.mark.parametrize(
+    "first", ["", "a.cls b.cls", "a.png a.cls b.png b.cls", "a.png a.cls b.png b.cls d.png"]
+)
 def test_a_label_that_no_image_lacks_is_ignored(first: str) -> None:
     names = [*first.split(), "a.json", "b.json", "c.json", "a.txt", "b.txt"]
     assert not any(isinstance(entry, Refusal) for entry in read(pack([(n, b"7") for n in names])))
