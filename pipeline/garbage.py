@@ -94,14 +94,16 @@ def check_root(storage: Storage) -> None:
     Raises:
         ConfigError: it is not.
     """
-    for name in _TOPS:  # first: it may look like a part of what is above it
+    holds_ours = _holds_ours(storage, _TOPS)
+    # The features of a root at ./steps look like results of ours.
+    for name in ("steps",) if holds_ours else _TOPS:
         inner = open_storage(f"{storage.uri}/{name}")
         if _holds_ours(inner, _TOPS):
             raise ConfigError(
-                f"There is no storage root at {storage.uri}, but there is one in its directory "
-                f"{name}. Give {inner.uri}."
+                f"The storage root is not {storage.uri}, but its directory {name}. Give "
+                f"{inner.uri}."
             )
-    if not _holds_ours(storage, (*_TOPS, SWEEP)):
+    if not holds_ours and not _holds_ours(storage, (SWEEP,)):
         raise ConfigError(
             f"There is no storage root at {storage.uri}: it holds neither runs nor steps nor "
             "models of ours. Give the directory or URI that storage.root names, or a config."

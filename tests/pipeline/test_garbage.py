@@ -482,6 +482,21 @@ def test_the_directory_above_a_root_is_refused_and_the_root_named(
     assert inner.all() == before
 
 
+@pytest.mark.parametrize("name", ["runs", "models"])
+def test_a_root_with_another_in_it_is_cleaned_and_the_other_stays(
+    root: Root, name: str, tmp_path: Path
+) -> None:
+    root.put_run("m", 1, "a")
+    inner = Root(open_storage(f"{root.storage.uri}/{name}"))
+    inner.add_version("m", inner.put_run("m", 1, "a"))
+    before = inner.all()
+    collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
+    assert not root.has("runs/m-00000001")
+    assert {path for path in before if path not in inner.all()} <= {
+        path for path in before if path.startswith("m-00000001/")
+    }
+
+
 def test_what_other_programs_wrote_into_a_root_stays(any_root: Root) -> None:
     root, key = any_root, hash_json("other")
     root.put_run("m", 1, "a")
