@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from pipeline.storage import Storage
 
 LEAST_BACKOFF_S, MOST_BACKOFF_S = 60.0, 6 * 3600.0
 LONGEST_WAIT_S = 60.0  # then the clock is looked at again: it may have been set, or have slept
+LARGEST_STEP_S = 3600.0  # by which a clock is put right; further off it was wrong
 NO_FAILURES = (0, 8, 9)  # done, another process is at it, the gate has refused
 DAY = timedelta(days=1)
 DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
@@ -160,7 +161,7 @@ def begin(state: State | None, timetable: Timetable, now: float) -> State:
     """
     at, timezone = timetable.expression, timetable.timezone
     if state is not None and (state.at, state.timezone) == (at, timezone):
-        latest = now + MOST_BACKOFF_S if state.failures else _next(timetable, now)
+        latest = now + MOST_BACKOFF_S if state.failures else _next(timetable, now, state.last)
         return replace(state, due=min(state.due, latest))
     return State(at, timezone, _next(timetable, now), last=state and state.last)
 
@@ -177,8 +178,8 @@ def end(state: State, timetable: Timetable, now: float, exit_code: int) -> State
         exit_code: of the run.
     """
     failures = 0 if exit_code in NO_FAILURES else state.failures + 1
-    due = now + backoff_s(failures) if failures else _next(timetable, now)
     last = {"started": state.running_since, "ended": now, "exit_code": exit_code}
+    due = now + backoff_s(failures) if failures else _next(timetable, now, last)
     return replace(state, due=due, failures=failures, last=last, running_since=None)
 
 
@@ -280,8 +281,11 @@ def _try_to_write(storage: Storage, name: str, state: State, say: Say) -> None:
         say("note", {"text": f"the state is not kept for now: {error}"})
 
 
-def _next(timetable: Timetable, now: float) -> float:
-    found = timetable.next_after(now)
+def _next(timetable: Timetable, now: float, last: Mapping[str, Any] | None = None) -> float:
+    """The next time from now on, and after the run before, if the clock was put back a little."""
+    known = [time for name in ("started", "ended") if (time := (last or {}).get(name)) is not None]
+    since = max(known, default=now)
+    found = timetable.next_after(since if now < since < now + LARGEST_STEP_S else now)
     return math.inf if found is None else found  # the year 10000
 
 

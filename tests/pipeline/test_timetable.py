@@ -356,6 +356,18 @@ def test_a_clock_that_was_ahead_is_forgotten(world: World) -> None:
     assert world.keep("0 * * * *", 2.5) == [1, 2]
 
 
+def test_a_clock_put_back_by_seconds_runs_nothing_again(world: World) -> None:
+    world.takes_s, wait, steps_s = 0.5, world.wait, [-2.0]
+
+    def put_back(seconds: float) -> bool:
+        if world.started and steps_s:
+            world.time += steps_s.pop()
+        return wait(seconds)
+
+    world.wait = put_back
+    assert world.keep("0 * * * *", 1.5) == [1]
+
+
 def test_a_clock_that_is_set_back_while_it_waits_is_forgotten(world: World) -> None:
     world.time += 10_000 * HOUR
     world.ends_at, wait = world.time + 5 * HOUR, world.wait
