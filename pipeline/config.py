@@ -54,6 +54,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(values, override)
     config = _validate(values, source=str(path))
+    if faults := config.faults_of_new():
+        raise _refusal(str(path), faults)
     return with_absolute_paths(config, path.resolve().parent)
 
 
@@ -160,8 +162,12 @@ def _validate(values: dict[str, Any], source: str) -> Config:
     except ValidationError as error:
         again = [line for fault in error.errors() for line in _fault_lines(fault)]
         faults += [line for line in again if line not in faults]
+    raise _refusal(source, faults)
+
+
+def _refusal(source: str, faults: Sequence[str]) -> ConfigError:
     heading = f"{source} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:"
-    raise ConfigError("\n  ".join([heading, *faults]))
+    return ConfigError("\n  ".join([heading, *faults]))
 
 
 def _parse(values: dict[str, Any]) -> Config:

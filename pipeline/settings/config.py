@@ -62,16 +62,6 @@ class Config(Section):
     # Where others could read it, in records, reports and what workers are sent, it is left out.
     notify: NotifyConfig = Field(default=NotifyConfig(), exclude=True)
 
-    @field_validator("name")
-    @classmethod
-    def _be_no_path(cls, name: str) -> str:
-        if name.endswith(".toml"):
-            raise ValueError(
-                f"must not end in .toml, which means a config to all verbs, got {name!r}. Leave "
-                "the ending out."
-            )
-        return name
-
     @model_validator(mode="after")
     def _agree_across_sections(self) -> Self:
         divisor = 2 ** (len(self.model.dim_mults) - 1)
@@ -90,7 +80,6 @@ class Config(Section):
                 "evaluate.num_steps must not exceed diffusion.num_train_timesteps = "
                 f"{self.diffusion.num_train_timesteps}, got {self.evaluate.num_steps}. Lower it."
             )
-        faults += self._faults_of_sampling()
         needed = 10 * (self.features.num_features or 0)  # else counted when they are known
         if self.evaluate.num_samples < needed and not self.evaluate.allow_few_samples:
             faults.append(
@@ -116,18 +105,26 @@ class Config(Section):
             raise ValueError("\n".join(faults))
         return self
 
-    def _faults_of_sampling(self) -> list[str]:
-        """What would be sampled from other noise, or by other guidance, than was learned."""
-        evaluate, num_timesteps = self.evaluate, self.diffusion.num_train_timesteps
+    def faults_of_new(self) -> list[str]:
+        """What is refused in a file, though a config that was kept with a model may have it."""
         faults = []
-        left = num_timesteps % evaluate.num_steps  # for leading steps begin so much further down
-        if evaluate.spacing == "leading" and num_timesteps // 10 < left < num_timesteps:
-            first = num_timesteps // evaluate.num_steps * (evaluate.num_steps - 1)
+        if self.name.endswith(".toml"):
             faults.append(
-                f"evaluate.num_steps = {evaluate.num_steps} and evaluate.spacing = 'leading' begin "
-                f"with pure noise at timestep {first} of {num_timesteps}, where training showed "
-                "images in it. Choose 'trailing', or a divisor."
+                "name must not end in .toml, which means a config to all verbs, got "
+                f"{self.name!r}. Leave the ending out."
             )
+        evaluate, num_timesteps = self.evaluate, self.diffusion.num_train_timesteps
+        num_steps = {"evaluate.num_steps": evaluate.num_steps}
+        if self.tune.enabled:
+            num_steps["tune.num_steps"] = self.tune.num_steps
+        for key, number in num_steps.items():
+            left = num_timesteps % number  # of the noisy end, beside the usual part of one step
+            if evaluate.spacing == "leading" and num_timesteps // 10 < left < num_timesteps:
+                faults.append(
+                    f"{key} = {number} with evaluate.spacing = 'leading' leaves out the last "
+                    f"{left} of {num_timesteps} timesteps, and begins with pure noise where "
+                    "training showed images in it. Choose 'trailing', or a divisor."
+                )
         is_guided = self.model.class_conditional and evaluate.guidance_scale != 1
         if is_guided and not self.train.label_dropout:
             faults.append(

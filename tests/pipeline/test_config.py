@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config import load_config, parse_config
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 
@@ -108,7 +108,7 @@ def test_set_overrides(
         ("evaluate.num_steps=2000", "must not exceed diffusion.num_train_timesteps = 1000"),
         (
             "evaluate={num_steps=501, spacing='leading'}",
-            r"evaluate\.num_steps = 501 and .* begin with pure noise at timestep 500 of 1000",
+            r"evaluate\.num_steps = 501 with .* leaves out the last 499 of 1000 timesteps",
         ),
         (
             "evaluate.guidance_scale=3.0\nmodel.class_conditional=true\ntrain.label_dropout=0.0",
@@ -172,6 +172,19 @@ def test_settings_of_images_are_refused_with_sequences(tmp_path: Path, value: st
 def test_leading_steps_may_leave_out_a_few_timesteps(tmp_path: Path, num_steps: int) -> None:
     settings = [f"evaluate.num_steps={num_steps}", "evaluate.spacing=leading"]
     assert load_config(write(tmp_path, MINIMAL), settings).evaluate.num_steps == num_steps
+
+
+def test_trials_are_sampled_by_steps_that_are_refused_too(tmp_path: Path) -> None:
+    settings = ["evaluate.spacing=leading", "tune.num_steps=501", "tune.enabled=true"]
+    with pytest.raises(ConfigError, match=r"tune\.num_steps = 501 with"):
+        load_config(write(tmp_path, MINIMAL), settings)
+
+
+def test_what_is_refused_in_a_file_is_read_with_a_model_of_before(tmp_path: Path) -> None:
+    values = load_config(write(tmp_path, MINIMAL)).model_dump(mode="json")
+    values["name"] = "x.toml"
+    values["evaluate"] |= {"num_steps": 501, "spacing": "leading"}
+    assert len(parse_config(values, "x@1").faults_of_new()) == 2
 
 
 def test_sequences_are_clipped_only_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -280,5 +293,5 @@ def test_weights_are_beside_the_config(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_model_is_not_called_as_a_config_is(tiny_config: Path) -> None:
-    with pytest.raises(ConfigError, match=r"name: must not end in \.toml.* Leave the ending out"):
+    with pytest.raises(ConfigError, match=r"name must not end in \.toml.* Leave the ending out"):
         load_config(tiny_config, ["name=x.toml"])
