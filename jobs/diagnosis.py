@@ -1,7 +1,6 @@
 """What `doctor` prints: every check of the preflight, as a table or as one JSON object."""
 
 import contextlib
-import json
 import sys
 
 import typer
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.console import make_console
+from jobs.results import print_json
 from pipeline.preflight import Check, examine
 from pipeline.settings import Config
 
@@ -35,7 +35,7 @@ def diagnose(config: Config, *, as_json: bool) -> None:
             "exit_code": error.exit_code if error is not None else 0,
             "checks": [{"name": c.name, "status": c.status, "detail": c.detail} for c in checks],
         }
-        print(json.dumps(document, indent=1))
+        print_json(document)
         if error is not None:
             raise typer.Exit(error.exit_code)
         return

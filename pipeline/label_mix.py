@@ -1,4 +1,4 @@
-"""The labels that samples are told: those of the reference's data set, as often as in its training.
+"""The labels that samples are told: drawn with the shares of the reference's training images.
 
 A model pins its reference, so that the mix stays though later shards bring other shares. Classes go
 by name: the id of one is the business of the data set that a network was trained on.
