@@ -115,7 +115,7 @@ class Config(Section):
             )
         evaluate, num_timesteps = self.evaluate, self.diffusion.num_train_timesteps
         num_steps = {"evaluate.num_steps": evaluate.num_steps}
-        if self.tune.enabled:
+        if self.tune.enabled and self.tune.num_steps is not None:
             num_steps["tune.num_steps"] = self.tune.num_steps
         for key, number in num_steps.items():
             left = num_timesteps % number  # of the noisy end, beside the usual part of one step
