@@ -315,9 +315,12 @@ def test_twenty_kills(
     expected = project.expected_units()
     killed = {"driver": 0, "worker": 0}
     seen: dict[str, int] = {}
-    for kill in range(20):
-        if kill % 5 == 4:  # from the start again, elsewhere
-            changed = 0.5 + kill / 1000
+    attempt, is_done = 0, False
+    while sum(killed.values()) < 20:
+        attempt += 1
+        assert attempt < 100, killed
+        if is_done or attempt % 5 == 0:  # from the start again, elsewhere
+            changed = 0.5 + attempt / 1000
             text = project.config_path.read_text()
             text = re.sub(r"max_bad_fraction.*\n", "", text)
             project.config_path.write_text(
@@ -342,12 +345,12 @@ def test_twenty_kills(
                 process.wait()
                 killed["driver"] += 1
         killed["worker"] += len(killer.killed)
+        is_done = process.returncode == 0  # on a fast machine before its time
         made = project.made_at()
         assert {key: made[key] for key in seen} == seen
         seen = made
         for name, files in project.units().items():
             assert files == expected[name]
-    assert killed["driver"] + killed["worker"] >= 20, killed
     project.run()
     project.check_nothing_lost_or_doubled(1200)
 
