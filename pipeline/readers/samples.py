@@ -25,15 +25,16 @@ class Sample:
     Args:
         key: the common start of the names.
         suffixes: those of images, or of sequences.
-        is_repeated: whether the key came before, so that nothing here is used; a label that comes
-            now, without an image, comes too late for one.
+        is_repeated: whether the key came before, so that nothing here is used.
+        lacks_label: whether an image came with it and had none: labels alone come too late.
     """
 
-    def __init__(self, key: str, suffixes: tuple[str, ...], *, is_repeated: bool) -> None:
+    def __init__(
+        self, key: str, suffixes: tuple[str, ...], *, is_repeated: bool, lacks_label: bool = False
+    ) -> None:
         self.key = key
-        self.is_repeated = is_repeated
-        self._suffixes = suffixes
-        self._is_late = is_repeated  # labels alone
+        self._suffixes, self._is_repeated = suffixes, is_repeated
+        self._is_late = lacks_label  # unless an image comes again
         self._image: Item | Refusal | None = None
         self._spare: Item | Refusal | None = None  # the first with a longer name
         self._others: list[str] = []  # further ones with a longer name
@@ -50,7 +51,7 @@ class Sample:
         """
         rest = name[len(self.key) :].lower()
         is_image, is_label = rest.endswith(self._suffixes), rest in LABEL_SUFFIXES
-        if self.is_repeated and is_image:
+        if self._is_repeated and is_image:
             self._is_late = False
             yield self._refuse(name, f"its key came before, and {_MUST_FOLLOW}")
         elif is_image and rest in self._suffixes:
@@ -75,21 +76,18 @@ class Sample:
         else:
             yield Ignored(show(name))
 
-    def finish(
-        self, label_field: str, *, may_lack: bool = False, may_be_late: bool = False
-    ) -> Iterator[Entry]:
+    def finish(self, label_field: str, *, may_lack: bool = False) -> Iterator[Entry]:
         """Yields the image with its label, and what becomes of the files not yielded before.
 
         Args:
             label_field: of the object in `.json`.
             may_lack: whether the archive ends too early, and samples before had labels: one without
                 is refused.
-            may_be_late: whether the image of this key, which came before, has no label.
         """
         item = self._image or self._spare
         if item is None:
             names = self._companion_names
-            if self._is_late and may_be_late and self._gives_label(label_field):
+            if self._is_late and self._gives_label(label_field):
                 name, *names = names
                 yield self._refuse(name, f"its label came after its image, and {_MUST_FOLLOW}")
             yield from map(Ignored, names)

@@ -82,19 +82,19 @@ def _iter_samples(stream: InputStream, headers: TarHeaders, data: DataConfig) ->
         key = name if dot < 0 else name[:dot]
         if sample is None or sample.key != key:
             if sample is not None:
-                may_be_late = sample.is_repeated and sample.key in unlabelled
-                for entry in sample.finish(data.label_field, may_be_late=may_be_late):
+                for entry in sample.finish(data.label_field):
                     if isinstance(entry, Item):
                         has_labels |= entry.label is not None
                         if entry.label is None:
                             unlabelled.add(sample.key)
                     yield entry
-            sample = Sample(key, suffixes, is_repeated=not keys.add(key))
+            is_repeated = not keys.add(key)
+            lacks_label = is_repeated and key in unlabelled
+            sample = Sample(key, suffixes, is_repeated=is_repeated, lacks_label=lacks_label)
         yield from sample.add(name, member.size, stream)
     if sample is not None:
         may_lack = has_labels and headers.end != "mark"
-        may_be_late = sample.is_repeated and sample.key in unlabelled
-        yield from sample.finish(data.label_field, may_lack=may_lack, may_be_late=may_be_late)
+        yield from sample.finish(data.label_field, may_lack=may_lack)
 
 
 class _Keys:
