@@ -173,7 +173,8 @@ def _refusal(source: str, faults: Sequence[str]) -> ConfigError:
 def _parse(values: dict[str, Any]) -> Config:
     # By way of JSON: strict mode then takes arrays for tuples and still no "3" for 3.
     match values:
-        case {"data": {"sequence_shape": _}}:  # they are learned as they are, in whatever range
+        # They are learned as they are, in whatever range.
+        case {"data": {"sequence_shape": shape}} if shape is not None:
             evaluate = values.get("evaluate", {})
             if isinstance(evaluate, dict):
                 values = {**values, "evaluate": {"clip_x_start": False, **evaluate}}

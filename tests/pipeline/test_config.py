@@ -194,7 +194,10 @@ def test_sequences_are_clipped_only_where_that_is_asked_for(tmp_path: Path) -> N
     assert not load_config(sequences, ["evaluate.num_steps=7"]).evaluate.clip_x_start
     assert load_config(sequences, ["evaluate.clip_x_start=true"]).evaluate.clip_x_start
     assert Config.model_validate_json(config.model_dump_json()) == config
-    assert load_config(write(tmp_path, MINIMAL)).evaluate.clip_x_start
+    images = load_config(write(tmp_path, MINIMAL))
+    assert images.evaluate.clip_x_start
+    data = images.data.model_dump(mode="json")  # where sequence_shape is null
+    assert parse_config({"name": "x", "data": data}, "x").evaluate.clip_x_start
 
 
 def test_sequences_are_not_mirrored(tmp_path: Path) -> None:
