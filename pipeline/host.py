@@ -3,12 +3,16 @@
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+from pipeline.errors import ClusterError
 
 # Of glibc's mallopt, and the most it takes.
 M_TRIM_THRESHOLD, MOST_BYTES = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK = -3, 32 << 20
+FAULT_LENGTH = 160  # characters of what torch says of a GPU without memory; more is advice on torch
 
 
 def keep_freed_memory() -> None:
@@ -26,21 +30,42 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside the block, GPUs multiply float32 in full, as CPUs do: for scores."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    """Inside the block, GPUs multiply float32 in full, as CPUs do, and repeatably: for scores."""
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     name, value, places = "allow_tf32", False, (cudnn, matmul)
     try:
         before = [getattr(place, name) for place in places]
     except RuntimeError:  # somebody has set one operator's precision: then it cannot be read
         name, value, places = "fp32_precision", "ieee", (cudnn.conv, cudnn.rnn, matmul)
         before = [getattr(place, name) for place in places]
+    was_deterministic = cudnn.deterministic
     for place in places:
         setattr(place, name, value)
+    cudnn.deterministic = True
     try:
         yield
     finally:
+        cudnn.deterministic = was_deterministic
         for place, was in zip(places, before, strict=True):
             setattr(place, name, was)
+
+
+@contextlib.contextmanager
+def gpu_memory_told(remedy: str) -> Iterator[None]:
+    """Says what to do where a GPU has too little memory for what the block does.
+
+    Args:
+        remedy: a sentence.
+
+    Raises:
+        ClusterError: it has too little; another try may find that somebody has left.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fault = str(error).partition("\n")[0][:FAULT_LENGTH].rstrip(". ")
+        raise ClusterError(f"A GPU has too little memory: {fault}. {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -12,12 +12,18 @@ from torch import nn
 from diffusion_core import EMA, Diffusion
 from pipeline.batches import Batch
 from pipeline.checkpoints import Checkpoint
+from pipeline.host import gpu_memory_told
 from pipeline.meter import Meter
 from pipeline.precision import NAMES, autocast, choose_dtype
 from pipeline.replica import Replica
 from pipeline.settings import TrainConfig
 from pipeline.stopwatch import Stopwatch
 from pipeline.validation import loss_of
+
+FOR_MEMORY = (
+    "Raise train.accumulation_steps, which takes the same steps in smaller parts, or lower "
+    "train.global_batch_size, and see that nothing else uses the GPU."
+)
 
 
 class Learner:
@@ -33,6 +39,7 @@ class Learner:
 
     Raises:
         ConfigError: the device does not have `config.precision`.
+        ClusterError: of its methods: a GPU has too little memory.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Learner:
         """Whether the first backward pass would be unlike all others."""
         return self.config.compile or self.world_size > 1
 
+    @gpu_memory_told(FOR_MEMORY)
     def warm_up(self, batch: Batch) -> None:
         """A step that changes nothing.
 
@@ -110,6 +118,7 @@ class Learner:
                 self.replica.backward(losses.sum())
         self.optimizer.zero_grad(set_to_none=True)
 
+    @gpu_memory_told(FOR_MEMORY)
     def learn(self, batch: Batch, step: int, meter: Meter) -> bool:
         """One optimiser step; False if loss or gradient is not finite on any rank: call `restore`.
 
@@ -142,6 +151,7 @@ class Learner:
         if self.world_size > 1:  # a loss may overflow on one rank whose gradient does not
             dist.all_reduce(is_finite, dist.ReduceOp.MIN)
         has_loss, has_gradient = torch.stack([is_finite.bool(), torch.isfinite(grad_norm)]).tolist()
+        self.replica.settle()  # the list has waited for the GPU
         # With fp16 it may be the scale that was too large for the gradient: the scaler then lowers
         # it, and the weights stay as they are. One of 1 is not to blame.
         if not has_loss or not (has_gradient or self.scaler.get_scale() > 1):

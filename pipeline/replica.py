@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -30,13 +31,14 @@ class Replica:
         self._model, self._watch = model, watch
         self._is_gpu = next(model.parameters()).is_cuda
         self._last_bucket: Any = None  # when the last of the gradients was there
+        self._end: Any = None  # of the backward pass, on a GPU
         self.module: nn.Module | Any = model  # to be called
         self._ddp: DistributedDataParallel | None = None
         self.is_compiled = False
         if world_size > 1:
             # Buffers are constants: a pass of one rank alone must not have to share them out.
             self._ddp = DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
             self._ddp.register_comm_hook(None, self._average)
             self.module = self._ddp
@@ -49,6 +51,9 @@ class Replica:
         """
         plain, fault = self.module, None
         try:
+            # The backward pass is left without autocast, as it is where nothing is compiled. Else
+            # it would take in fp16 what the forward pass takes out of it, and overflow.
+            functorch.backward_pass_autocast = "off"
             self.module = torch.compile(plain)
             rehearse()
         except Exception as error:
@@ -74,20 +79,26 @@ class Replica:
         return self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Runs the backward pass; what it waited for others is marked as `sync`."""
+        """Runs the backward pass; what it waited for others is marked as `sync`, see `settle`."""
         self._last_bucket = None
         loss.backward()
         if self._last_bucket is None:
             return
-        if not self._is_gpu:
-            self._watch.mark("compute", at=self._last_bucket)
-            self._watch.mark("sync")
+        if self._is_gpu:
+            self._end = torch.cuda.Event(enable_timing=True)
+            self._end.record()
             return
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        self._watch.mark("compute")
-        self._watch.move(self._last_bucket.elapsed_time(end) / 1000, "compute", "sync")
+        self._watch.mark("compute", at=self._last_bucket)
+        self._watch.mark("sync")
+
+    def settle(self) -> None:
+        """Marks what the step waited for others on a GPU, which must have done it by now.
+
+        To wait for the GPU in `backward` would leave it without work until the host has sent more.
+        """
+        if self._is_gpu and self._last_bucket is not None:
+            self._watch.mark("compute")
+            self._watch.move(self._last_bucket.elapsed_time(self._end) / 1000, "compute", "sync")
 
     def _average(  # DDP checks these types
         self,

@@ -262,7 +262,9 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
         check_gpus(world)  # rank 0 has done so before, on its machine
         torch.cuda.set_device(device)
     backend = "nccl" if config.use_gpu else "gloo"
-    ranks = {"rank": world.rank, "world_size": world.world_size}
+    ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.world_size}
+    if config.use_gpu:
+        ranks["device_id"] = device  # which NCCL would else have to guess
     store = open_store(timedelta(seconds=config.group_timeout_s))
     with process_group(config, backend, store=store, **ranks):
         _train_rank(settings, world.rank, world.world_size, device, lambda: False)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.host import full_precision, torch_threads
+from pipeline.errors import ClusterError
+from pipeline.host import full_precision, gpu_memory_told, torch_threads
 
 COUNT_FAULTS = """
 import ctypes, resource, torch
@@ -36,7 +37,9 @@ def test_full_precision_is_of_the_block() -> None:
     assert True in before  # what PyTorch does where nobody says anything
     with full_precision():
         assert allowed() == (False, False)
+        assert torch.backends.cudnn.deterministic
     assert allowed() == before
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_full_precision_where_one_operator_was_given_its_own() -> None:
@@ -53,6 +56,20 @@ def test_full_precision_where_one_operator_was_given_its_own() -> None:
     finally:
         conv.fp32_precision = before[0]
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_gpu_without_memory_is_told_with_a_remedy() -> None:
+    @gpu_memory_told("Take less.")
+    def take(error: Exception) -> None:
+        raise error
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+    says = r"little memory: CUDA out of memory\. Tried to allocate 2\.00 GiB\. Take less\.$"
+    for _ in range(2):  # a function is called more than once
+        with pytest.raises(ClusterError, match=says):
+            take(full)
+    with pytest.raises(RuntimeError, match="another"):
+        take(RuntimeError("another"))
 
 
 def test_threads_are_of_the_block() -> None:

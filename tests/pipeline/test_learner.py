@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.batches import Batch
 from pipeline.config import load_config
+from pipeline.errors import ClusterError
 from pipeline.learner import Learner
 from pipeline.meter import Meter
 from pipeline.models import make_diffusion, make_unet
@@ -37,20 +38,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [],
-        ["diffusion.self_condition=true", "diffusion.learned_variance=true"],
-        ["model.class_conditional=true"],
-    ],
-    ids=["plain", "guess", "labels"],
-)
-def test_a_step_reads_no_number_but_whether_it_is_finite(
-    tiny_config: Path, parts: int, settings: list[str]
-) -> None:
-    config = load_config(tiny_config, [f"train.accumulation_steps={parts}", *settings])
+def make(path: Path, settings: Sequence[str]) -> tuple[Learner, Batch]:
+    """A learner of a config with these settings, and a batch for it."""
+    config = load_config(path, list(settings))
     num_classes = 3 if config.model.class_conditional else None
     diffusion = make_diffusion(config, num_classes)
     learner = Learner(
@@ -68,6 +58,24 @@ def test_a_step_reads_no_number_but_whether_it_is_finite(
         class_labels=torch.randint(0, 3, (32,)) if num_classes else None,
         self_condition=True if diffusion.self_condition else None,
     )
+    return learner, batch
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["diffusion.self_condition=true", "diffusion.learned_variance=true"],
+        ["model.class_conditional=true"],
+    ],
+    ids=["plain", "guess", "labels"],
+)
+def test_a_step_reads_no_number_but_whether_it_is_finite(
+    tiny_config: Path, parts: int, settings: list[str]
+) -> None:
+    learner, batch = make(tiny_config, [f"train.accumulation_steps={parts}", *settings])
+    diffusion = learner.diffusion
     meter = Meter(diffusion.num_train_timesteps, torch.device("cpu"))
     assert learner.learn(batch, 0, meter)
     # The one that is left, whether loss and gradient are finite, is read as a list of both, which
@@ -109,3 +117,17 @@ def test_the_optimiser_is_what_the_config_says_and_fused_and_features_lie_channe
     learner.model(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
     assert seen
     assert all(seen)
+
+
+def test_a_gpu_without_memory_is_told_what_takes_less(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, batch = make(tiny_config, ["train.accumulation_steps=2"])
+    meter = Meter(learner.diffusion.num_train_timesteps, torch.device("cpu"))
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(learner.replica, "backward", fail)
+    with pytest.raises(ClusterError, match=r"Raise train\.accumulation_steps"):
+        learner.learn(batch, 0, meter)
