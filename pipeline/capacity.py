@@ -7,7 +7,7 @@ the moment is noted: it will be free again.
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.cluster import CPU_POOL, Node, nodes_for_tasks, total
+from pipeline.cluster import CPU_POOL, Node, gpu_places, nodes_for_tasks, total
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config
 from pipeline.steps import WHOLE_CLUSTER, make_steps
@@ -141,21 +141,22 @@ def check_fid(config: Config, nodes: Sequence[Node], under_torchrun: bool = Fals
 
 
 def check_drawing(nodes: Sequence[Node]) -> str:
-    """Whether samples that are to be drawn on GPUs find one.
+    """Whether samples that are to be drawn on GPUs find one, and a CPU beside it.
 
     Args:
         nodes: that are alive.
 
     Raises:
-        ClusterError: no node has a GPU.
+        ClusterError: no node has both.
     """
-    gpus = total(nodes).gpus
-    if not gpus:
+    places = gpu_places(nodes)
+    if not places:
         raise ClusterError(
-            "evaluate.use_gpu draws samples on GPUs, one for each task, and the cluster has none "
-            f"({list_nodes(nodes)}). Set evaluate.use_gpu = false, or use a cluster that has some."
+            "evaluate.use_gpu draws samples in tasks of 1 GPU and 1 CPU each, and no node has both "
+            f"({list_nodes(nodes)}). Set evaluate.use_gpu = false, or use a cluster that has such "
+            "nodes."
         )
-    return f"samples are drawn on {count_of(gpus, 'GPU')}"
+    return f"samples are drawn on {count_of(places, 'GPU')}"
 
 
 def list_nodes(nodes: Sequence[Node]) -> str:

@@ -5,6 +5,7 @@ something has to run.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -104,7 +105,7 @@ def connect(config: Config) -> Iterator[list[Node]]:
     import ray
 
     if ray.is_initialized():
-        yield _alive_nodes(ray)
+        yield alive_nodes()
         return
     remove_stale_directories()
     temp = tempfile.mkdtemp(prefix=_temp_prefix(os.getpid()))
@@ -128,7 +129,7 @@ def connect(config: Config) -> Iterator[list[Node]]:
             f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. {remedy}"
         ) from error
     try:
-        yield _alive_nodes(ray)
+        yield alive_nodes()
     except (KeyboardInterrupt, SystemExit):
         raise  # threads of running steps still use Ray, which ends with this process
     except BaseException:
@@ -218,7 +219,10 @@ def _code() -> dict[str, Any]:
     return {"py_modules": packages, "excludes": ["__pycache__"]}
 
 
-def _alive_nodes(ray: Any) -> list[Node]:
+def alive_nodes() -> list[Node]:
+    """Those of the cluster that this process is connected to."""
+    import ray
+
     return [_read_node(node) for node in ray.nodes() if node["Alive"]]
 
 
@@ -253,22 +257,41 @@ def nodes_for_tasks(nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if node.pool == CPU_POOL] or list(nodes)
 
 
+def gpu_places(nodes: Sequence[Node]) -> int:
+    """How many tasks of 1 CPU and 1 GPU each they hold at a time; a task needs both on one node."""
+    return sum(min(node.cpus, node.gpus) for node in nodes)
+
+
 def place_tasks() -> tuple[dict[str, Any], list[int]]:
     """Ray's options for tasks that ask for no GPU, and the CPUs of each node they may run on.
 
     Training needs no such option: its GPUs are where they are.
     """
-    import ray
-
-    nodes = nodes_for_tasks(_alive_nodes(ray))
+    nodes = nodes_for_tasks(alive_nodes())
     has_pool = bool(nodes) and nodes[0].pool == CPU_POOL
     options = {"label_selector": {POOL_LABEL: CPU_POOL}} if has_pool else {}
     return options, [node.cpus for node in nodes]
 
 
 def _local_gpus() -> int:
-    """GPUs of this machine, without importing torch."""
+    """GPUs that Ray will find on this machine, without importing it or torch."""
+    count = _count_driver_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        return count
+    # Of parts of one GPU, each with a name of its own there, Ray takes as many as there are GPUs.
+    return min(count, len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
+
+
+def _count_driver_gpus() -> int:
+    """What NVIDIA's driver tells, as Ray asks it; a WSL has no device files."""
+    try:
+        driver = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    number = ctypes.c_uint(0)
+    if driver.nvmlInit_v2() != 0:
+        return 0
+    driver.nvmlDeviceGetCount_v2(ctypes.byref(number))
+    driver.nvmlShutdown()
+    return number.value

@@ -1,7 +1,7 @@
 """Samples and their features, drawn by tasks on the cluster, a chunk of 64 seeds at a time.
 
 A chunk's file is written when it is drawn, so that a killed evaluation repeats at most the chunks
-in flight, and a sample is the same to the bit however the chunks are spread.
+in flight. On CPUs of one kind a sample is the same to the bit however the chunks are spread.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusion_core import CHUNK
-from pipeline.cluster import place_tasks
+from pipeline.cluster import alive_nodes, gpu_places, place_tasks
 from pipeline.dataset import open_split
 from pipeline.errors import ClusterError, EvaluationError, StorageError
 from pipeline.extractors import extract, load_extractor
-from pipeline.host import full_precision, keep_freed_memory, torch_threads
+from pipeline.host import full_precision, gpu_memory_told, keep_freed_memory, torch_threads
 from pipeline.sampling import draw_labels, quantise, sample_items
 from pipeline.settings import Config, EvaluateConfig
 from pipeline.storage import Storage, open_storage
@@ -32,8 +32,13 @@ from pipeline.subjects import Network, Source, load_network
 from pipeline.tasks import own_errors
 from pipeline.workflow import StepContext
 
-TASKS_PER_SLOT = 4  # so that the last ones end at about the same time
+TASKS_PER_CPU = 4  # so that the last ones end at about the same time
+TASKS_PER_GPU = 1  # Ray gives each a new process, which takes seconds to be ready
 TASK_RETRIES = 3  # of a task whose worker died
+FOR_MEMORY = (
+    f"{CHUNK} samples are drawn at a time: see that nothing else uses the GPU, or set "
+    "evaluate.use_gpu = false."
+)
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,16 @@ def draw(context: StepContext, all_series: Sequence[Series]) -> None:
     ]
     before = done = total - sum(_count(series, first) for series, first in left)
     if config.evaluate.use_gpu:
-        kind, place, slots = "GPU", {}, int(ray.cluster_resources().get("GPU", 0))
+        kind, place, num_tasks = "GPU", {}, TASKS_PER_GPU * gpu_places(alive_nodes())
     else:
         place, cpus = place_tasks()
-        kind, slots = "CPU", sum(cpus)
-    if not slots:  # those that there were before are gone
+        kind, num_tasks = "CPU", TASKS_PER_CPU * sum(cpus)
+    if not num_tasks:  # those that there were before are gone
         raise ClusterError(
             f"Samples are drawn on {kind}s, one for each task, and the cluster has none now. Run "
             "the same command again when nodes are back."
         )
-    groups = _deal(left, TASKS_PER_SLOT * slots)
+    groups = _deal(left, num_tasks)
     num_gpus = 1 if config.evaluate.use_gpu else 0
     options = {"num_cpus": 1, "num_gpus": num_gpus, "max_retries": TASK_RETRIES, **place}
     task: Any = ray.remote(**options)(_draw_chunks)
@@ -213,7 +218,8 @@ def _draw_chunks(
     """One task: draws chunks and writes each; yields how many samples each has."""
     storage, config = open_storage(storage_uri), Config.model_validate_json(config_json)
     keep_freed_memory()
-    with torch_threads(1), full_precision():  # as the reference
+    # Threads and precision as for the reference.
+    with torch_threads(1), full_precision(), gpu_memory_told(FOR_MEMORY):
         extractor = _load_extractor(storage_uri, features_json, device_of(config))
         for series, first in jobs:
             path, count = _path(directory, series.name, first), _count(series, first)

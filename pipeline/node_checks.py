@@ -18,6 +18,7 @@ from pipeline.storage import LocalStorage, Storage, in_bytes
 MIN_TEMP_BYTES = 1 << 28  # Ray's logs and sockets
 SPILL_FRACTION = 0.95  # of a disk in use: above it Ray writes no objects to it
 NCCL_SHM_BYTES = 1 << 30  # what NCCL's manual gives a container
+STORE_GROWS = 0.94  # of /dev/shm: Ray takes up to 0.95 of it, so that a larger one would not help
 EQUAL = ("python", "ray", "torch")  # others may differ, and are noted
 
 
@@ -185,10 +186,13 @@ def check_shared_memory(config: Config, facts: Mapping[Node, Facts], trains: boo
             and min(workers, config.train.max_workers) > 1
             and size < NCCL_SHM_BYTES + store
         ):
+            remedy = f"Give a container --shm-size={_gigabytes(store + NCCL_SHM_BYTES)}g"
+            if store > STORE_GROWS * size:
+                less = max(NCCL_SHM_BYTES, size - NCCL_SHM_BYTES) // len(nodes)
+                remedy = f"Start Ray there with --object-store-memory={less}"
             return Note(
                 f"{where}, and Ray's object store {in_bytes(store)}: NCCL should have "
-                f"{in_bytes(NCCL_SHM_BYTES)} beside. Give a container "
-                f"--shm-size={_gigabytes(store + NCCL_SHM_BYTES)}g"
+                f"{in_bytes(NCCL_SHM_BYTES)} beside. {remedy}"
             )
         details.append(f"{where}, Ray's object store takes up to {in_bytes(store)}")
     more = f"; {len(details) - 1} more alike" if len(details) > 1 else ""

@@ -23,7 +23,7 @@ def sample_items(
 ) -> Tensor:
     """The samples with these numbers by DDIM, float32 [N, *shape]; images lie in [-1, 1].
 
-    A number's sample is the same in whatever company.
+    A number's sample is the same in whatever company, on a GPU but for rounding.
 
     Args:
         config: shape, process and the settings of `evaluate`.

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from pipeline.capacity import Note, check_fid, check_tasks, check_workers, list_nodes
+from pipeline.capacity import Note, check_drawing, check_fid, check_tasks, check_workers, list_nodes
 from pipeline.cluster import Node, nodes_for_tasks
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.settings import Config, DataConfig, TrainConfig
@@ -128,3 +128,9 @@ def test_tasks_run_on_the_pool_for_them_where_there_is_one() -> None:
     assert "use all 4 CPUs of the pool cpu" in check_tasks(config(), [HEAD, pool, GPU])
     with pytest.raises(ClusterError, match="no node of the pool cpu offers one"):
         check_tasks(config(), [Node(0, 0, pool="cpu"), GPU])
+
+
+def test_samples_on_gpus_need_a_cpu_on_the_same_node() -> None:
+    with pytest.raises(ClusterError, match=r"no node has both \(2 nodes: .*use_gpu = false"):
+        check_drawing([Node(0, 8), SMALL])
+    assert check_drawing([Node(2, 8), GPU, Node(0, 8), SMALL]) == "samples are drawn on 4 GPUs"

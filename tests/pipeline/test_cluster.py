@@ -1,10 +1,13 @@
 """Joining a cluster, and what it is sent."""
 
+import ctypes
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pipeline.cluster import _code, connect
+from pipeline.cluster import _code, _local_gpus, connect
 from pipeline.config import load_config
 from pipeline.errors import ClusterError
 
@@ -39,3 +42,33 @@ def test_the_address_of_rays_client_is_refused_when_ray_would_find_it(
     refused = pytest.raises(ClusterError, match="Ray at auto cannot be used: RAY_ADDRESS is of Ray")
     with refused, connect(config):
         pass
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 3), ("", 0), ("-1", 0), ("0,2", 2), ("MIG-a,MIG-b,c,d", 3)]
+)
+def test_gpus_here_are_those_that_the_driver_tells_and_the_user_shows(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int
+) -> None:
+    def tell_count(pointer: Any) -> int:
+        ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint))[0] = 3
+        return 0
+
+    driver = SimpleNamespace(
+        nvmlInit_v2=lambda: 0, nvmlDeviceGetCount_v2=tell_count, nvmlShutdown=lambda: 0
+    )
+    loaded = {"libnvidia-ml.so.1": driver}
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded[name])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _local_gpus() == count
+
+
+def test_a_machine_without_the_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _local_gpus() == 0

@@ -174,12 +174,22 @@ def test_shared_memory_must_hold_the_object_stores_of_a_host(well: Facts) -> Non
 @pytest.mark.parametrize(("workers", "notes"), [(1, False), (2, True)])
 def test_gpus_of_a_host_need_shared_memory_beside(well: Facts, workers: int, notes: bool) -> None:
     node = replace(A, gpus=2)
-    facts = {node: replace(well, shm_bytes=GIB + (1 << 20))}
+    facts = {node: replace(well, shm_bytes=3 * GIB // 2)}
     train = config(use_gpu=True, num_workers=workers)
     detail = check_shared_memory(train, facts, True)
     assert isinstance(detail, Note) == notes
     assert ("--shm-size=2g" in detail) == notes
     assert not isinstance(check_shared_memory(train, facts, False), Note)
+
+
+def test_a_store_that_grows_with_the_shared_memory_is_to_be_limited(well: Facts) -> None:
+    node = replace(A, gpus=2, object_store_bytes=95 * GIB // 10)
+    train = config(use_gpu=True, num_workers=2)
+    detail = check_shared_memory(train, {node: replace(well, shm_bytes=10 * GIB)}, True)
+    assert f"Start Ray there with --object-store-memory={9 * GIB}" in detail
+    limited = replace(node, object_store_bytes=9 * GIB)
+    detail = check_shared_memory(train, {limited: replace(well, shm_bytes=10 * GIB)}, True)
+    assert not isinstance(detail, Note)
 
 
 @pytest.mark.parametrize(("use_gpu", "backends"), [(True, ("gloo",)), (False, ())])
