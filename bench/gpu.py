@@ -5,7 +5,7 @@
 In an environment with both libraries (bench/requirements-peers.txt) and a build of torch for the
 GPU. Every row is a process of its own: a library, a size of the images, a precision. Ours is the
 whole loop of `pipeline/loop.py`; of the others it is what their training does at each step, in a
-loop of our own that has the images on the device already, which favours them. bf16 is autocast,
+loop of our own that has the images in pinned memory already, which favours them. bf16 is autocast,
 `compiled` is `torch.compile` of the network. The batch falls with the area of the images.
 
 `images_per_s`   over the steps after the first ones, which compile and choose kernels.
@@ -14,6 +14,8 @@ loop of our own that has the images on the device already, which favours them. b
                  precision; of fp32 in TF32. Networks differ in their FLOPs: `gflops` are of one
                  forward pass.
 `memory_mib`     the most that torch had allocated.
+`data_share`     of ours: what the loop waited for batches, whose noise CPUs make, of the time.
+`graph_breaks`   of the compiled rows: where torch.compile left the network for Python.
 
 `--device cpu` tries it without a GPU; its numbers mean nothing. The last line is one JSON object.
 """
@@ -46,7 +48,7 @@ PRECISIONS = ("fp32", "bf16", "bf16 compiled")
 DIM, DIM_MULTS = 64, (1, 2, 4, 8)
 IMAGES_AT_32 = 256  # in a batch
 NUM_ITEMS = 4096
-STEPS, WARM_STEPS, ROW = 60, 20, 10
+STEPS, WARM_STEPS, ROW = 220, 20, 20
 CONFIG = """
 name = "gpu"
 [data]
@@ -123,8 +125,9 @@ def measure(
     torch.manual_seed(0)
     network = make_network(side, size, arguments.dim)
     flops = train_sides.count_flops(network, (3, size, size))
+    shares: dict[str, float] = {}
     if side == "ours":
-        rate = rate_of_ours(arguments, size, precision, batch, device)
+        rate, shares["data_share"] = rate_of_ours(arguments, size, precision, batch, device)
     else:
         network = network.to(device)
         compiled = torch.compile(network) if precision.endswith("compiled") else network
@@ -132,9 +135,12 @@ def measure(
         rate = rate_of(
             network, loss_of, NoiseItems((3, size, size), max(NUM_ITEMS, batch)), batch, dtype
         )
+    if precision.endswith("compiled"):
+        shares["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     return {
         "batch": batch,
         "images_per_s": round(rate, 1),
+        **shares,
         "gflops": round(flops / 1e9, 3),
         "peak_share": round(3 * flops * rate / peak, 4),
         "matmul_tflops": round(peak / 1e12, 1),
@@ -205,8 +211,8 @@ def make_config(directory: Path, size: int, dim: int, precision: str, batch: int
 
 def rate_of_ours(
     arguments: argparse.Namespace, size: int, precision: str, batch: int, device: torch.device
-) -> float:
-    """Images a second of the whole loop, as its own rows tell them."""
+) -> tuple[float, float]:
+    """Images a second of the whole loop, as its own rows tell them, and the share of `data`."""
     rows: list[Any] = []
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(Path(directory), size, arguments.dim, precision, batch)
@@ -224,7 +230,9 @@ def rate_of_ours(
     if last is None or last.environments[-1]["compiled"] != config.train.compile:
         raise RuntimeError("torch.compile failed, and training went on without it")
     counted = rows[WARM_STEPS // ROW : -1]  # the last one waits for the checkpoint
-    return batch * ROW * len(counted) / sum(row["wall_s"] for row in counted)
+    wall_s = sum(row["wall_s"] for row in counted)
+    waited_s = sum(row["seconds"]["data"] for row in counted)
+    return batch * ROW * len(counted) / wall_s, round(waited_s / wall_s, 4)
 
 
 def make_loss(
