@@ -108,7 +108,7 @@ def read_step(storage: Storage, step: str, key: str) -> dict[str, Any]:
     if manifest is None:
         raise StorageError(
             f"{storage.uri}/steps/{step}/{key} is gone, which the registry names. Bring it back "
-            "from a copy, or run the config that made it again."
+            "from a copy, or run the config that made it again, with the data it had."
         )
     return manifest
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.leases import find_living
 from pipeline.lineage import is_made_by
-from pipeline.registry import Registry
+from pipeline.registry import Registry, damaged_record
 from pipeline.runs import directory_of_cycle, read_needs, read_record
 from pipeline.storage import Storage, damaged
 from pipeline.units import units_of_step
@@ -208,4 +208,5 @@ def _read_json(storage: Storage, path: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise damaged(storage, path) from error
+        of_model = path.startswith("models/")
+        raise (damaged_record if of_model else damaged)(storage, path) from error

@@ -205,11 +205,16 @@ class Registry:
     def _read(self, path: str) -> dict[str, Any]:
         try:
             return json.loads(self.storage.read(path))
-        except (FileNotFoundError, ValueError) as error:  # records are never changed or deleted
-            raise StorageError(
-                f"{self.storage.uri}/{path} is missing or no JSON, and the registry cannot be read "
-                "without it. Bring it back from a copy; a new one must not take its number."
-            ) from error
+        except (FileNotFoundError, ValueError) as error:
+            raise damaged_record(self.storage, path) from error
+
+
+def damaged_record(storage: Storage, path: str) -> StorageError:
+    """The error for a record of the registry, which are never changed or deleted."""
+    return StorageError(
+        f"{storage.uri}/{path} is missing or no JSON, and the registry cannot be read without it. "
+        "Bring it back from a copy; a new one must not take its number."
+    )
 
 
 def list_models(storage: Storage) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.settings import NOT_OF_THE_DATA_SET, Config, DataConfig
 from pipeline.sources import Inputs, InputShard
 from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject, data_of_images
+from pipeline.units import units_of_step
 from pipeline.workflow import Resources, Step
 
 WHOLE_CLUSTER = Resources(cpus=1 << 20)  # many small tasks: as many at a time as there are CPUs
@@ -94,14 +95,16 @@ def make_steps(
     workers = train.max_workers
     scoring = _section(config, "evaluate")
     del scoring["evaluate.use_gpu"]
+    of_data_set = _preprocess_settings(config.data, shards)
     steps = [
         Step(
             name="preprocess",
             version=5,
             function="pipeline.preprocess:preprocess",
-            settings=_preprocess_settings(config.data, shards),
+            settings=of_data_set,
             resources=WHOLE_CLUSTER,
             given=listed,
+            parts=units_of_step(of_data_set),
         ),
         _features_step(config, extractor or {}),
         Step(
@@ -147,13 +150,14 @@ def make_steps(
             evaluate = replace(evaluate, version=version, settings=settings, inputs=evaluated)
             return [*steps, evaluate, _evaluation_page(evaluate, f"{config.name}: model {key[:8]}")]
         case GivenImages(sources=sources, shards=given, converts=converts):
+            of_images = _preprocess_settings(data_of_images(config, sources), given)
             images = Step(
                 name="images",
                 version=3,
                 function="pipeline.given_images:preprocess_images",
-                settings=_preprocess_settings(data_of_images(config, sources), given)
-                | {"sources": list(sources)},
+                settings=of_images | {"sources": list(sources)},
                 resources=WHOLE_CLUSTER,
+                parts=units_of_step(of_images),
             )
             converted = {"converts": True} if converts else {}
             settings = {**evaluate.settings, **mirrored, **converted}

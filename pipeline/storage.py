@@ -304,12 +304,10 @@ def hashed_name(name: str, sha256: str) -> str:
 
 def damaged(storage: Storage, path: str) -> StorageError:
     """The error for a file whose content is not what its manifest says."""
-    directory = path.rsplit("/", 1)[0]
-    if directory.startswith("steps/shard/"):  # the steps that rest on it must look at it again
-        directory = f"{directory}, and steps/preprocess and steps/images with it,"
     return StorageError(
-        f"{storage.uri}/{path} is missing or not what its manifest says. Delete the directory "
-        f"{directory} below the storage root and run again: it is made anew."
+        f"{storage.uri}/{path} is missing or not what its manifest says. Bring it back from a "
+        f"copy, or delete the directory {path.rsplit('/', 1)[0]} below the storage root and run "
+        "what made it again, with the same input: it is made anew."
     )
 
 

@@ -29,7 +29,7 @@ def unit_key(shard: InputShard, data: DataConfig) -> str:
     return hash_json([UNIT_VERSION, shard.name, shard.sha256 or "unread", transform])
 
 
-def units_of_step(settings: Mapping[str, Any]) -> list[str]:
+def units_of_step(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The directories of the units that a step `preprocess` or `images` rests on.
 
     Args:
@@ -40,10 +40,10 @@ def units_of_step(settings: Mapping[str, Any]) -> list[str]:
         for key, value in settings.items()
         if (name := key.removeprefix("data.")) != key and name not in _NOT_OF_A_UNIT
     }
-    return [
+    return tuple(
         f"steps/shard/{hash_json([UNIT_VERSION, name, sha256, transform])}"
         for name, sha256 in settings["shards"].items()
-    ]
+    )
 
 
 def unit_directory(shard: InputShard, data: DataConfig) -> str:

@@ -58,6 +58,8 @@ class Step:
         resources: its peak on the cluster; none at all means it runs in the driver.
         extensible: the setting that may grow without starting anew (`train.num_steps`).
         given: what the function would otherwise find out by itself; the settings have its hash.
+        parts: directories that its result rests on, all below one, and that it makes: it runs again
+            where one is gone.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Step:
     resources: Resources = Resources()
     extensible: str | None = None
     given: Any = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,10 @@ def plan(
         series = hash_json(identity | {"settings": kept}) if step.extensible else key
         action, reason = "run", _reason(identity, (previous or {}).get(step.name), planned)
         if read_manifest(storage, step.name, key) is not None:
-            action, reason = "cached", "its result is there"
+            if gone := _parts_gone(storage, step):
+                reason = f"{gone:,} of the {len(step.parts):,} shards of its result are gone"
+            else:
+                action, reason = "cached", "its result is there"
         elif step.extensible is not None:
             done = complete_steps(storage, f"steps/{step.name}/{series}")
             if reached := [n for n in done if n <= step.settings[step.extensible]]:
@@ -291,6 +297,14 @@ def read_manifest(storage: Storage, step: str, key: str) -> dict[str, Any] | Non
         raise damaged(storage, path) from error
 
 
+def _parts_gone(storage: Storage, step: Step) -> int:
+    """How many of the parts that a step's result rests on somebody has deleted."""
+    if not step.parts:
+        return 0
+    there = set(storage.list(step.parts[0].rpartition("/")[0]))
+    return sum(part.rpartition("/")[2] not in there for part in step.parts)
+
+
 def hash_json(value: Any) -> str:
     """A stable name for a JSON value: 32 hex digits of the SHA-256 of its canonical text."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -308,7 +322,8 @@ def _run_step(
     name = p.step.name
 
     def finished() -> dict[str, Any] | None:
-        return read_manifest(storage, name, p.key)
+        manifest = read_manifest(storage, name, p.key)
+        return None if manifest is None or _parts_gone(storage, p.step) else manifest
 
     if (manifest := finished()) is not None:
         observer(Event("cached", name, {"seconds": manifest["seconds"]}))

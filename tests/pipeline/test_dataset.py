@@ -155,7 +155,7 @@ def test_a_damaged_arrow_file_is_named_and_the_remedy_makes_it_anew(
     with pytest.raises(StorageError) as caught:
         data_set.items(document, "train")
     assert f"{row['directory']}/{name} is missing or not what" in str(caught.value)
-    assert f"directory {row['directory']}, and steps/preprocess" in str(caught.value)
+    assert f"delete the directory {row['directory']} below" in str(caught.value)
     data_set.storage.delete(row["directory"])
     assert len(data_set.items(data_set.document(), "train")[1]) == document["counts"]["train"]
     assert data_set.runs == 1
@@ -350,5 +350,5 @@ def test_a_damaged_manifest_of_a_unit_is_named(
     (shard,) = list_inputs(data_set.data, data_set.storage).shards
     path = f"{unit_directory(shard, data_set.data)}/manifest.json"
     data_set.storage.replace(path, content)
-    with pytest.raises(StorageError, match=r"is missing or not what .* Delete the directory"):
+    with pytest.raises(StorageError, match=r"is missing or not what .* delete the directory"):
         read_units(data_set.storage, [shard], data_set.data)

@@ -209,6 +209,13 @@ def test_what_a_pinned_evaluation_names_stays_with_what_it_rests_on(root: Root) 
     assert not root.has(f"steps/train/{keys['train']}")
 
 
+def test_a_damaged_pin_is_to_be_brought_back_not_deleted(root: Root) -> None:
+    root.put_run("m", 1, "a")
+    root.storage.create("models/m/evaluations/000001.json", b"{")
+    with pytest.raises(StorageError, match=r"000001\.json is .* Bring it back from a copy; a new"):
+        collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
+
+
 def test_a_search_keeps_its_trials(root: Root) -> None:
     document = root.put_run("m", 1, "a")["document"]
     trial = root.put("trial")[1]
@@ -247,7 +254,7 @@ def test_the_units_of_a_step_are_those_of_its_config(tiny_config: Path) -> None:
     config, storage = load_config(tiny_config), LocalStorage(str(tiny_config.parent / "root"))
     shards = list_inputs(config.data, storage).shards
     step = plan(make_steps(config, shards), storage)[0]
-    units = [unit_directory(shard, config.data) for shard in shards]
+    units = tuple(unit_directory(shard, config.data) for shard in shards)
     assert units_of_step(step.identity["settings"]) == units
 
 

@@ -65,8 +65,9 @@ def test_a_damaged_record_stops_only_its_own_run(
     assert last_identities(storage, "tiny", []) == {}
     assert read_run(storage, "tiny-1")["name"] == "tiny"
     sentence = (
-        f"{storage.uri}/runs/m-2/run.json is missing or not what its manifest says. Delete the "
-        "directory runs/m-2 below the storage root and run again: it is made anew."
+        f"{storage.uri}/runs/m-2/run.json is missing or not what its manifest says. Bring it "
+        "back from a copy, or delete the directory runs/m-2 below the storage root and run what "
+        "made it again, with the same input: it is made anew."
     )
     assert sentence in caplog.text
     for use in (

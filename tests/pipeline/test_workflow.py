@@ -61,6 +61,13 @@ def steps_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
 
 
+def make_parts(context: StepContext) -> dict[str, Any]:
+    """Those of the step."""
+    for part in context.planned.step.parts:
+        context.storage.create(f"{part}/part", b"made")
+    return record(context)
+
+
 def make_step(name: str, inputs: Sequence[str] = (), function: str = "record", **more: Any) -> Step:
     fields = {"settings": {}, "version": 1} | more
     return Step(name=name, function=f"{HERE}:{function}", inputs=tuple(inputs), **fields)
@@ -112,6 +119,23 @@ def test_says_why(storage: Storage) -> None:
     assert reasons == ["its result is there", "k changed from None to 1", "b runs again"]
     reasons = [p.reason for p in plan(changed(CHAIN, 1, version=2), storage, before)]
     assert reasons[1] == "its code changed (version 1 to 2)"
+
+
+def test_a_step_whose_parts_are_gone_runs_again_and_what_rests_on_it_does_not(
+    storage: Storage,
+) -> None:
+    chain = changed(CHAIN, 0, parts=("parts/1", "parts/2"), function=f"{HERE}:make_parts")
+    run(chain, storage)
+    assert [p.action for p in plan(chain, storage)] == ["cached"] * 3
+    storage.delete("parts/1")
+    calls.clear()
+    first, *others = plan(chain, storage)
+    assert (first.action, first.reason) == ("run", "1 of the 2 shards of its result are gone")
+    assert [p.action for p in others] == ["cached"] * 2
+    run(chain, storage)
+    assert calls == ["a"]
+    assert storage.read("parts/1/part") == b"made"
+    assert [p.action for p in plan(chain, storage)] == ["cached"] * 3
 
 
 def test_a_step_waits_for_others_that_are_no_part_of_its_key(storage: Storage) -> None:
@@ -207,5 +231,5 @@ def test_a_damaged_artifact_is_noticed(storage: Storage) -> None:
     assert manifest is not None
     assert read_artifact(storage, manifest, "x.txt") == b"a"
     storage.replace(f"{p.directory}/{manifest['artifacts']['x.txt']['file']}", b"b")
-    with pytest.raises(StorageError, match="Delete the directory steps/a/"):
+    with pytest.raises(StorageError, match="delete the directory steps/a/"):
         read_artifact(storage, manifest, "x.txt")
