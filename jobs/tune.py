@@ -1,14 +1,13 @@
 """What the verbs about a search print: what was found, and the command that trains it."""
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pipeline.config import is_secret
+from pipeline.config import command_line
 from pipeline.publish import training_command
 from pipeline.submission import SUBMITTED_AS
 
@@ -21,9 +20,7 @@ def command_of(config: Path, overrides: Sequence[str]) -> str:
     """
     if (submitted := os.environ.get(SUBMITTED_AS)) is not None:
         return submitted
-    shown = [text for text in overrides if not is_secret(text)]
-    given = [part for text in shown for part in ("--set", text)]
-    return shlex.join(["run", str(config), *given])
+    return command_line("run", config, overrides)
 
 
 def show_search(console: Console, metrics: Mapping[str, Any], command: str) -> None:

@@ -9,6 +9,7 @@ import copy
 import difflib
 import glob
 import json
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,9 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     for override in overrides:
         _apply_override(values, override)
     changed = _validate(values, source=config.name)
+    known = config.faults_of_new()  # what a model was kept with, it keeps
+    if faults := [fault for fault in changed.faults_of_new() if fault not in known]:
+        raise _refusal(config.name, faults)
     if "notify" in values:
         return changed
     return changed.model_copy(update={"notify": config.notify})  # which a dump leaves out
@@ -102,6 +106,15 @@ def parse_config(values: Mapping[str, Any], source: str) -> Config:
         ConfigError: values are wrong, or no longer known.
     """
     return _validate(copy.deepcopy(dict(values)), source)
+
+
+def command_line(verb: str, config: str | Path, overrides: Sequence[str]) -> str:
+    """A verb of a config with its `--set` options, as it can be typed after `raydiffusion`.
+
+    Without settings of the section `notify`, which may be secrets.
+    """
+    given = [part for text in overrides if not is_secret(text) for part in ("--set", text)]
+    return shlex.join([verb, str(config), *given])
 
 
 def is_secret(override: str) -> bool:

@@ -237,7 +237,8 @@ def run_config(
             f"data.{empty[0]} is 0, and the score needs images that are held out. Raise it, or use "
             "the verbs preprocess and train."
         )
-    if "tune" in targets and (faults := config.faults_of_tune()):
+    wanted = "tune" in targets
+    if wanted and (faults := config.faults_of_tune() + config.faults_of_new(searches=True)):
         raise ConfigError("\n  ".join([f"{config.name} cannot be tuned:", *faults]))
     planned = make_plan(config, targets, subject=subject, basis=basis, on_hash=on_hash)
     if planned.searches and torchrun_world() is not None:

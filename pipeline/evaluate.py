@@ -55,7 +55,7 @@ def evaluate(context: StepContext) -> dict[str, Any]:
         config,
         context.inputs["preprocess"]["metrics"]["counts"],
         context.inputs["features"]["metrics"]["num_features"],
-        series["samples"].num_samples,
+        series["samples"].num_samples if source.kind == "images" else None,
     )
     if source.kind != "images" and source.counts is None and config.evaluate.guidance_scale != 1:
         context.note("evaluate.guidance_scale is left out: the network is not told the class")

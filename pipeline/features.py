@@ -90,12 +90,14 @@ def check_counts(
         DataError: too few training images, test images or samples.
     """
     num_features = num_features or config.features.num_features or 0
-    num_samples = config.evaluate.num_samples if num_samples is None else num_samples
+    remedy = "Give fewer images."
+    if num_samples is None:
+        num_samples = config.evaluate.num_samples
+        remedy = "Lower evaluate.num_samples, or train on more images."
     if counts["train"] < num_samples:
         raise DataError(
             f"The floor of the score needs as many training images as there are samples, "
-            f"{num_samples:,}, and there are {counts['train']:,}. Lower evaluate.num_samples, or "
-            "give fewer images."
+            f"{num_samples:,}, and there are {counts['train']:,}. {remedy}"
         )
     if min(counts["test"], num_samples) < 2:
         raise DataError(

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from diffusion_core import CHUNK
-from pipeline.config import load_config
+from pipeline.config import command_line, load_config
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, EvaluationError
 from pipeline.extractors.naming import ARTIFACT
@@ -188,8 +188,9 @@ def read_record(target: str, root: str, overrides: Sequence[str] = ()) -> dict[s
         if step.action == "cached":
             manifest = read_manifest(planned.storage, "evaluate", step.key)
         if manifest is None:
+            command = command_line("evaluate", target, overrides)
             raise ConfigError(
-                f"{target} is not evaluated: {step.reason}. Run `raydiffusion evaluate {target}`."
+                f"{target} is not evaluated: {step.reason}. Run `raydiffusion {command}`."
             )
         return _checked(manifest["metrics"], target)
     storage = open_storage(root)
@@ -223,5 +224,5 @@ def _read_file(target: str) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         fault = f"it is no JSON object ({error})"
     raise ConfigError(
-        f"{target} cannot be compared: {fault}. Give a score.json, a config or a run."
+        f"{target} cannot be compared: {fault}. Give a file score-*.json, a config or a run."
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import load_config, override_config, parse_config
+from pipeline.config import command_line, load_config, override_config, parse_config
 from pipeline.cycles import last_cycle
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError
@@ -54,11 +54,12 @@ def find_trained(target: str, overrides: Sequence[str] = (), *, root: str = "run
         StorageError: the root cannot be read, or what the registry names is gone.
     """
     if target.endswith(SUFFIX):
-        return _of_config(target, load_config(target, overrides))
+        return _of_config(target, overrides)
     return _of_version(target, overrides, open_storage(root))
 
 
-def _of_config(target: str, config: Config) -> Trained:
+def _of_config(target: str, overrides: Sequence[str]) -> Trained:
+    config = load_config(target, overrides)
     planned = make_plan(config, ("train",))
     steps = {p.step.name: p for p in planned.steps}
     manifest = read_manifest(planned.storage, "train", steps["train"].key)
@@ -72,7 +73,7 @@ def _of_config(target: str, config: Config) -> Trained:
         )
         raise ConfigError(
             f"The training of {target} is not finished: {steps['train'].reason}. "
-            f"Run `raydiffusion train {target}` first{other}."
+            f"Run `raydiffusion {command_line('train', target, overrides)}` first{other}."
         )
     return Trained(target, planned.storage, planned.config, steps["preprocess"].key, manifest)
 

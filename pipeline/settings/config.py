@@ -105,8 +105,12 @@ class Config(Section):
             raise ValueError("\n".join(faults))
         return self
 
-    def faults_of_new(self) -> list[str]:
-        """What is refused in a file, though a config that was kept with a model may have it."""
+    def faults_of_new(self, searches: bool | None = None) -> list[str]:
+        """What is refused in a file, though a config that was kept with a model may have it.
+
+        Args:
+            searches: whether a search is wanted; what `tune.enabled` says if not given.
+        """
         faults = []
         if self.name.endswith(".toml"):
             faults.append(
@@ -115,7 +119,8 @@ class Config(Section):
             )
         evaluate, num_timesteps = self.evaluate, self.diffusion.num_train_timesteps
         num_steps = {"evaluate.num_steps": evaluate.num_steps}
-        if self.tune.enabled and self.tune.num_steps is not None:
+        searches = self.tune.enabled if searches is None else searches
+        if searches and self.tune.num_steps is not None:
             num_steps["tune.num_steps"] = self.tune.num_steps
         for key, number in num_steps.items():
             left = num_timesteps % number  # of the noisy end, beside the usual part of one step

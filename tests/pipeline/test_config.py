@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config, parse_config
+from pipeline.config import command_line, load_config, override_config, parse_config
+from pipeline.driver import run_config
 from pipeline.errors import ConfigError
 from pipeline.settings import Config
 
@@ -184,7 +185,25 @@ def test_what_is_refused_in_a_file_is_read_with_a_model_of_before(tmp_path: Path
     values = load_config(write(tmp_path, MINIMAL)).model_dump(mode="json")
     values["name"] = "x.toml"
     values["evaluate"] |= {"num_steps": 501, "spacing": "leading"}
-    assert len(parse_config(values, "x@1").faults_of_new()) == 2
+    kept = parse_config(values, "x@1")
+    assert len(kept.faults_of_new()) == 2
+    assert override_config(kept, ["evaluate.eta=0.5"]).evaluate.eta == 0.5
+    with pytest.raises(ConfigError, match=r"evaluate\.num_steps = 502 with"):
+        override_config(kept, ["evaluate.num_steps=502"])
+
+
+def test_the_verb_of_a_search_refuses_what_an_enabled_one_does(tmp_path: Path) -> None:
+    settings = ["evaluate.spacing=leading", "tune.num_steps=501"]
+    config = load_config(write(tmp_path, MINIMAL), settings)
+    with pytest.raises(ConfigError, match=r"cannot be tuned:\n +tune\.num_steps = 501 with"):
+        run_config(config, ("tune",), observer=lambda event: None)
+
+
+def test_a_command_has_the_settings_that_were_given_but_secrets() -> None:
+    overrides = ["train.seed=1", "notify.webhook=x", "name=a b"]
+    assert command_line("train", "a b.toml", overrides) == (
+        "train 'a b.toml' --set train.seed=1 --set 'name=a b'"
+    )
 
 
 def test_sequences_are_clipped_only_where_that_is_asked_for(tmp_path: Path) -> None:
