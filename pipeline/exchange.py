@@ -264,14 +264,11 @@ def _as_sections(settings: SchedulerSettings, notes: list[str]) -> ReadScheduler
         notes.append(f"the file's variance is {settings.variance}, and DDIM's is fixed_small")
     if settings.steps_offset and settings.spacing == "leading":
         notes.append(f"the file shifts its timesteps by {settings.steps_offset}, `evaluate` by 0")
-    what = {"trained_betas": "betas given one by one"}.get(settings.schedule_name)
-    if settings.schedule.name != settings.schedule_name:
-        what = "a schedule rescaled to zero terminal SNR"
     diffusion = None
-    if what is not None:
+    if settings.schedule_name == "trained_betas":
         notes.append(
-            f"the file has {what}, which [diffusion] of a config cannot express; in Python, "
-            "diffusion_core.scheduler_config.read_scheduler_config gives the schedule"
+            "the file has betas given one by one, which [diffusion] of a config cannot express; in "
+            "Python, diffusion_core.scheduler_config.read_scheduler_config gives the schedule"
         )
     else:
         diffusion = {
@@ -280,6 +277,8 @@ def _as_sections(settings: SchedulerSettings, notes: list[str]) -> ReadScheduler
             "objective": settings.objective,
             "schedule_options": dict(settings.schedule_options),
         }
+        if settings.schedule.name != settings.schedule_name:  # the file has it rescaled
+            diffusion["zero_terminal_snr"] = True
     return ReadScheduler(diffusion, evaluate, notes)
 
 
