@@ -6,6 +6,7 @@ it scores. A person's `promote` does not ask the gate.
 """
 
 import contextlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from pipeline.registry import ROLLBACK, Registry
 from pipeline.scores import show_number
 from pipeline.scores.copies import MIN_HELD_OUT, NEIGHBOURS
 from pipeline.scores.interval import min_samples
+from pipeline.settings.config import StorageConfig
 from pipeline.settings.retrain import PromoteConfig
+from pipeline.storage import open_storage
 from pipeline.workflow import StepContext
 
 UNCHECKED = (
@@ -104,13 +107,13 @@ def decide(
             return Verdict(
                 False,
                 f"it was rolled back by {promotion['by']} ({promotion['reason']}), and only a "
-                f"person promotes it again: {_command(name, number)}",
+                f"person promotes it again: {_command(registry, number)}",
             )
     if not is_pinned(evaluation, version["lineage"]):
         other = (
             "`raydiffusion accept-reference CONFIG` pins another"
             if promotions  # it scores a champion
-            else f"{_command(name, number)} asks no gate"
+            else f"{_command(registry, number)} asks no gate"
         )
         return Verdict(
             False,
@@ -119,13 +122,15 @@ def decide(
             f"scores under the pinned one, {other}",
         )
     if not promotions:
-        return judge(version["score"], None, settings, command=_command(name, number))
+        return judge(version["score"], None, settings, command=_command(registry, number))
     champion = registry.version(promotions[-1]["version"])
     theirs = find_score(registry, champion, version["score"]["protocol"])
     if theirs is None:
         return Verdict(False, _not_comparable(registry, version, champion))
     names = (f"version {champion['number']}", f"version {number}")
-    return judge(version["score"], theirs, settings, names=names, command=_command(name, number))
+    return judge(
+        version["score"], theirs, settings, names=names, command=_command(registry, number)
+    )
 
 
 def judge(
@@ -249,5 +254,10 @@ def _not_comparable(
     )
 
 
-def _command(name: str, version: int) -> str:
-    return f"`raydiffusion promote {name} {version} --reason WHY`"
+def _command(registry: Registry, version: int) -> str:
+    """What promotes a version by hand; it finds the default root without being told."""
+    words = ["raydiffusion", "promote", registry.name, str(version), "--reason", "WHY"]
+    root = registry.storage.uri
+    if root != open_storage(StorageConfig().root).uri:
+        words += ["--root", root]
+    return f"`{shlex.join(words)}`"

@@ -268,7 +268,10 @@ def test_without_a_champion_another_reference_is_not_judged_either(ask: Any) -> 
     kept = run(made(1.0, "b", reference="other"))
     assert not kept["promoted"]
     assert "under another reference or extractor than evaluation 1" in kept["reason"]
-    assert "`raydiffusion promote tiny 2 --reason WHY` asks no gate" in kept["reason"]
+    root = registry.storage.uri
+    assert (
+        f"`raydiffusion promote tiny 2 --reason WHY --root {root}` asks no gate" in kept["reason"]
+    )
     assert registry.promotions() == []
     assert run(made(9.0, "c"))["promoted"]
 
@@ -312,9 +315,22 @@ def test_what_was_rolled_back_is_not_promoted_again(ask: Any) -> None:
     kept = run(made(9.0, "b"))
     assert (kept["version"], kept["promoted"]) == (2, False)
     assert "it was rolled back by" in kept["reason"]
-    assert "`raydiffusion promote tiny 2 --reason WHY`" in kept["reason"]
+    command = "raydiffusion promote tiny 2 --reason WHY"
+    assert f"`{command} --root {registry.storage.uri}`" in kept["reason"]
     assert run(made(8.0, "c"))["promoted"]
     assert [p["version"] for p in registry.promotions()] == [1, 2, 1, 3]
+
+
+def test_a_command_names_no_root_where_it_is_the_default(
+    ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, registry = ask
+    monkeypatch.chdir(Path(registry.storage.uri).parent)
+    broken = made(10.0, "a")
+    broken["evaluate"]["metrics"]["degenerate"] = BROKEN
+    run(broken)
+    kept = run(made(1.0, "b", reference="other"))
+    assert "`raydiffusion promote tiny 2 --reason WHY` asks" in kept["reason"]
 
 
 def test_the_champion_judged_again_says_why_it_was_promoted(ask: Any) -> None:
