@@ -98,6 +98,7 @@ class Scorer:
             config.train.fid_samples,
             wanted_by="train.fid_every",
             samples="train.fid_samples",
+            instead="leave out train.fid_every",
         )
         self._context, self._every = context, config.train.fid_every
         self._storage = context.storage
@@ -362,7 +363,13 @@ def score_weights(
 
 
 def check_few(
-    num_features: int, num_images: int, num_samples: int, *, wanted_by: str, samples: str
+    num_features: int,
+    num_images: int,
+    num_samples: int,
+    *,
+    wanted_by: str,
+    samples: str,
+    instead: str,
 ) -> None:
     """Refuses a score whose reference would be thin, or of few samples.
 
@@ -372,6 +379,7 @@ def check_few(
         num_samples: that are scored.
         wanted_by: the setting that wants the score.
         samples: the setting that says how many samples.
+        instead: what does without the score, for people.
 
     Raises:
         DataError: fewer validation images or samples than 10 times the feature width.
@@ -381,7 +389,7 @@ def check_few(
         raise DataError(
             f"{wanted_by} needs {SAMPLES_PER_FEATURE} x features.width = {needed} validation "
             f"images as its reference, and there are {num_images}. Raise data.validation_fraction, "
-            f"lower features.width, or leave out {wanted_by}."
+            f"lower features.width, or {instead}."
         )
     if num_samples < needed:
         raise DataError(

@@ -374,6 +374,7 @@ def _check_counts(context: StepContext) -> None:
         num_samples,
         wanted_by="tune.metric = fid",
         samples="tune.num_samples",
+        instead='set tune.metric = "bits_per_dim"',
     )
 
 

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from pipeline import leases
 from pipeline.config import load_config
+from pipeline.errors import DataError
 from pipeline.extractors.naming import ARTIFACT
 from pipeline.protocol import differences
 from pipeline.storage import LocalStorage
@@ -20,6 +21,7 @@ from pipeline.tune.records import Entry, Records, Result, Rung
 from pipeline.tune.scheduling import OnEnd, Source
 from pipeline.tune.scoring import trial_protocol
 from pipeline.tune.trial import trial_config
+from pipeline.workflow import StepContext
 
 DIRECTORY = "steps/tune/e"
 FEATURES = {"metrics": {"extractor": "classifier", "num_features": 4}, "key": "f"}
@@ -94,6 +96,15 @@ def search(
 def records(tmp_path: Path) -> Records:
     """Of that search."""
     return Records(LocalStorage(str(tmp_path)), DIRECTORY)
+
+
+def test_a_thin_reference_is_refused(tiny_config: Path) -> None:
+    counts = {"preprocess": {"metrics": {"counts": {"validation": 39}}}, "features": FEATURES}
+    context = SimpleNamespace(config=load_config(tiny_config), inputs=counts)
+    with pytest.raises(DataError) as caught:
+        experiment._check_counts(cast("StepContext", context))
+    assert "= 40 validation images as its reference, and there are 39" in str(caught.value)
+    assert str(caught.value).endswith('or set tune.metric = "bits_per_dim".')
 
 
 def test_a_finalist_that_was_killed_is_continued_as_one(search: Callable[..., Any]) -> None:
