@@ -118,13 +118,13 @@ class UNetConfig:
             )
         if self.norm == "group" and self.first_dim % self.norm_groups:
             raise ValueError(
-                f"model.init_dim must be divisible by model.norm_groups = {self.norm_groups}, "
-                f"got {self.init_dim}. Use a multiple of it."
+                f"UNetConfig.init_dim must be divisible by norm_groups = {self.norm_groups}, got "
+                f"{self.init_dim}. Use a multiple of it."
             )
         if self.time_features_dim % 2:
             raise ValueError(
-                f"model.time_features_dim must be even, got {self.time_features_dim}. "
-                "Sines and cosines come in pairs."
+                f"UNetConfig.time_features_dim must be even, got {self.time_features_dim}. "
+                "Raise it by one: sines and cosines come in pairs."
             )
 
     @property
@@ -279,7 +279,8 @@ class UNet(nn.Module):
             )
         if class_labels is not None and config.num_classes is None:
             raise ValueError(
-                "This U-Net has no classes and was given labels. Set model.num_classes."
+                "This U-Net has no classes and was given labels. Set UNetConfig.num_classes, "
+                "which model.class_conditional of a config does."
             )
 
 

@@ -189,7 +189,7 @@ def test_refuses_what_it_was_not_made_for() -> None:
         UNet(SMALL)(torch.zeros(1, 1, 8, 8), t)
     with pytest.raises(ValueError, match="takes no guess of the clean data"):
         UNet(SMALL)(torch.zeros(1, 3, 8, 8), t, torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="has no classes and was given labels"):
+    with pytest.raises(ValueError, match=r"was given labels\. Set UNetConfig\.num_classes"):
         UNet(SMALL)(torch.zeros(1, 3, 8, 8), t, class_labels=t)
 
 
@@ -201,10 +201,10 @@ def test_refuses_what_it_was_not_made_for() -> None:
         ({"attention": ("none", "ful", "none")}, "must be of none, linear, full, got ful, none"),
         ({"norm": "batch"}, "must be of group, rms, got batch"),
         ({"dim": 10}, "divisible by model.norm_groups"),
-        ({"init_dim": 12}, "init_dim must be divisible by model.norm_groups"),
+        ({"init_dim": 12}, "UNetConfig.init_dim must be divisible by norm_groups"),
         ({"heads": 0}, "must be 1 or more"),
         ({"dim_mults": (), "attention": ()}, "must be 1 or more"),
-        ({"time_features_dim": 3}, "time_features_dim must be even"),
+        ({"time_features_dim": 3}, "UNetConfig.time_features_dim must be even"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
