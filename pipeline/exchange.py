@@ -197,7 +197,7 @@ def export_model(
     if folder.is_dir() or (len(folder.parts) > 1 and not target.endswith(SUFFIX)):
         if overrides:
             raise ConfigError("--set is not for a model folder. Leave it out.")
-        document = read_document(folder)
+        document = read_document(folder, ", a config (.toml), or a model's name")
         with _kept_warnings() as notes, as_data_error(folder / MODEL_FILE):
             schedule = build_schedule(document.schedule)
         content = read_weights(folder, document)

@@ -126,8 +126,12 @@ def load_model(document: bytes, weights: bytes, name: Path | str) -> tuple[UNet,
     return model.eval(), diffusion
 
 
-def read_document(folder: Path) -> ModelDocument:
+def read_document(folder: Path, others: str = "") -> ModelDocument:
     """The document of a model folder.
+
+    Args:
+        folder: with the document.
+        others: what may be given in its place, for people, after a comma.
 
     Raises:
         DataError: the folder is none, or the document is damaged or of a later version.
@@ -136,7 +140,7 @@ def read_document(folder: Path) -> ModelDocument:
     if not path.is_file():
         raise DataError(
             f"{folder} is no model folder: it has no {MODEL_FILE}. Give a folder that "
-            "`raydiffusion import` or `export` has written, a config (.toml), or a model's name."
+            f"`raydiffusion import` or `export` has written{others}."
         )
     with as_data_error(path):
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -183,7 +183,8 @@ def copy_again(model: GivenModel, config: Config, storage: Storage) -> None:
 
 
 def _copy_folder(folder: Path, name: str, config: Config, storage: Storage) -> GivenModel:
-    document, weights = read_document(folder), read_weights(folder, read_document(folder))
+    document = read_document(folder, ", or another library's checkpoint (.pt)")
+    weights = read_weights(folder, document)
     unet, data = document.unet, config.data
     factor = 2 ** (len(unet.dim_mults) - 1)
     fault = None

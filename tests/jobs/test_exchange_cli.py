@@ -63,7 +63,7 @@ def test_a_scheduler_config_is_printed_as_toml(tmp_path: Path, call_cli: RunCli)
     [
         (("import", "none.pt", "--output", "m"), 3, "Cannot read none.pt"),
         (("import", "none.pt"), 2, "needs --output"),
-        (("export", "no/where", "--output", "m"), 3, "no/where is no model folder"),
+        (("export", "no/where", "--output", "m"), 3, "a config (.toml), or a model's name."),
         (("export", "none", "--output", "m"), 2, "There is no model 'none' below "),
     ],
 )

@@ -97,6 +97,14 @@ def test_one_that_does_not_suit_the_data_set_is_refused(
     assert storage.list("models-elsewhere") == []
 
 
+def test_a_folder_without_a_model_is_refused(tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty is no model folder") as caught:
+        import_model(tmp_path / "empty", config_of(tiny_config), LocalStorage(str(tmp_path / "r")))
+    remedy = "`export` has written, or another library's checkpoint (.pt)."
+    assert str(caught.value).endswith(remedy)  # a config or a name is not taken
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut short"])
 def test_a_damaged_checkpoint_is_refused(tiny_config: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt"
