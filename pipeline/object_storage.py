@@ -104,10 +104,11 @@ class ObjectStorage:
             # fsspec keeps one instance per process.
             return fsspec.core.url_to_fs(self.uri)[0]
         except ImportError as error:
-            extra = "gcs" if self.uri.startswith(("gs:", "gcs:")) else "s3"
+            scheme = self.uri.partition(":")[0]
+            extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
             raise StorageError(
                 f"Storage at {self.uri} needs a library that is not installed ({error}). "
-                f"Install raydiffusion[{extra}]."
+                f"Install {f'raydiffusion[{extra}]' if extra else 'it'} on every node."
             ) from error
 
 

@@ -283,3 +283,23 @@ def test_a_file_system_that_fails_is_not_one_without_the_file(
     monkeypatch.setattr(MemoryFileSystem, "info", fail)
     with pytest.raises(StorageError, match="Cannot look for memory://fails/a: Socket is closed"):
         storage.exists("a")
+
+
+@pytest.mark.parametrize(
+    ("root", "remedy"),
+    [
+        ("s3://b/r", "Install raydiffusion[s3] on every node."),
+        ("gs://b/r", "Install raydiffusion[gcs] on every node."),
+        ("az://b/r", "(Install such to access). Install it on every node."),
+    ],
+)
+def test_what_a_store_needs_is_said(
+    monkeypatch: pytest.MonkeyPatch, root: str, remedy: str
+) -> None:
+    def lack(*_: object) -> object:
+        raise ImportError("Install such to access")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", lack)
+    with pytest.raises(StorageError, match="needs a library that is not installed") as caught:
+        open_storage(root).exists("a")
+    assert str(caught.value).endswith(remedy)
