@@ -179,3 +179,11 @@ def test_the_pools_of_cluster_yaml_are_labelled() -> None:
     assert "GPU" not in types["cpu"]["resources"]
     assert types["gpu"]["resources"]["GPU"] >= 1
     assert min(types["cpu"]["min_workers"], types["gpu"]["min_workers"]) >= 1
+
+
+def test_the_machines_of_cluster_yaml_have_what_is_pinned() -> None:
+    document = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    (install,) = (line for line in document["setup_commands"] if "pip install" in line)
+    (there,) = re.findall(r"--constraint (\S+)", install)
+    assert document["file_mounts"] == {there: "constraints.txt"}
+    assert (ROOT / "constraints.txt").is_file()
