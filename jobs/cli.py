@@ -139,7 +139,9 @@ def tune(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="a config, a run's name, or a score.json")],
+    first: Annotated[
+        str, typer.Argument(help="a config, a run's name, or a file score-<hash>.json")
+    ],
     second: Annotated[str, typer.Argument(help="likewise")],
     set_: Overrides = None,
     root: Annotated[str, typer.Option(help="the storage root of a run's name")] = "runs",
@@ -309,8 +311,8 @@ def _run_steps(
         started = time.monotonic()
         if torchrun_world() is not None and targets not in UNDER_TORCHRUN:
             raise ConfigError(
-                "Under torchrun every rank runs the same command, and only training is for all of "
-                "them. Use torchrun for the verb train, and none for the others."
+                "Under torchrun every rank runs the same command, and this one is not for all of "
+                "them. Use torchrun for the verbs train and preprocess, and none for the others."
             )
         config = load_config(path, overrides or ())
         # Ray prints to stdout when a worker dies, where a program expects one JSON object.

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.exit_codes import INTERRUPTED_EXIT_CODE, errors_to_exit_codes
-from jobs.options import AsJson, ConfigPath, Overrides
+from jobs.options import ConfigPath, Overrides
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.storage import open_storage
@@ -44,7 +44,9 @@ def cron(
     ] = False,
     verb: Annotated[str, typer.Option(help=f"one of {', '.join(VERBS)}")] = VERBS[0],
     set_: Overrides = None,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object a line, for each event")
+    ] = False,
 ) -> None:
     """Run a verb on a schedule, until SIGTERM or Ctrl-C; one process for each model name."""
     with errors_to_exit_codes(as_json):

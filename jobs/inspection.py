@@ -112,7 +112,7 @@ def _refused(refused: Mapping[str, Any], show: Callable[[str, int], str]) -> lis
         lines.append(f"{source}: {item['reason']}, {detail}")
     if len(items) > REFUSED_SHOWN:
         more = len(items) - REFUSED_SHOWN
-        lines.append(f"and {more:,} more, all in quarantine.jsonl, beside dataset.json")
+        lines.append(f"and {more:,} more, all in quarantine.jsonl, beside dataset-<hash>.json")
     return lines
 
 

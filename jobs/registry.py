@@ -85,7 +85,11 @@ def rollback(
 def lineage(
     name: Name,
     version: Annotated[
-        int | None, typer.Argument(metavar="[VERSION]", help="its number; the champion if left out")
+        int | None,
+        typer.Argument(
+            metavar="[VERSION]",
+            help="its number; if left out the champion, or the latest where there is none",
+        ),
     ] = None,
     root: Root = "runs",
     as_json: AsJson = False,

@@ -199,7 +199,7 @@ def test_what_is_not_for_all_ranks_is_refused_at_once(
     world = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     done = run_cli(verb, str(tiny_config), cwd=tiny_config.parent, env=world)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "Use torchrun for the verb train" in done.stdout + done.stderr
+    assert "Use torchrun for the verbs train and preprocess" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -106,6 +106,13 @@ def test_a_failure_is_kept_and_a_signal_ends_it_while_it_waits(tiny_config: Path
     assert "keeps the timetable of tiny already" in second.stderr
 
 
+def test_its_help_says_that_json_is_by_the_line(
+    run_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = run_cli("cron", "--help", cwd=tmp_path, env={"COLUMNS": "200"})
+    assert "one JSON object a line" in done.stdout
+
+
 def test_a_signal_ends_what_runs_and_leaves_it_due(
     tiny_config: Path, run_cli: Callable[..., Any]
 ) -> None:

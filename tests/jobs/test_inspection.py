@@ -166,7 +166,7 @@ def test_everything_not_used_is_accounted_for(show: Callable[..., list[str]]) ->
         "truncated           12",
         "unreadable_tail      5",
         *(f"a.tar/{k}.png: truncated, cut short" for k in range(10)),
-        "and 3 more, all in quarantine.jsonl, beside dataset.json",
+        "and 3 more, all in quarantine.jsonl, beside dataset-<hash>.json",
     ]
 
 
