@@ -122,8 +122,8 @@ def connect(config: Config) -> Iterator[list[Node]]:
             "Check cluster.address, that the cluster is up, and that RAY_AUTH_MODE and the token "
             "are its own, or leave the address out to start Ray here."
             if config.cluster.address
-            else f"See that {tempfile.gettempdir()} has room, or set TMPDIR; `raydiffusion doctor` "
-            "looks at more."
+            else f"See that {tempfile.gettempdir()} has room, or set TMPDIR; `raydiffusion doctor "
+            "CONFIG` looks at more."
         )
         raise ClusterError(
             f"Ray at {config.cluster.address or 'this machine'} cannot be used: {first}. {remedy}"

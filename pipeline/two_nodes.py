@@ -60,8 +60,8 @@ def two_nodes(
         address = process.stdout.readline().strip()
         if not address:
             raise ClusterError(
-                "Two Ray nodes could not be started on this machine. `raydiffusion doctor` says "
-                "what Ray misses here."
+                "Two Ray nodes could not be started on this machine. `raydiffusion doctor CONFIG` "
+                "says what Ray misses here."
             )
         yield address, tell
     finally:
