@@ -24,7 +24,8 @@ A config is a TOML file. Only `name`, `data.sources` and `data.resolution` (or
 `data.sequence_shape`) must be there; everything else has a default. Paths in it are relative to the
 file, `storage.root` alone to the directory you stand in. `--set section.key=value` changes one
 setting of one command; the value is TOML, or a bare word. An unknown key is an error that names the
-nearest one; all faults are told at once.
+nearest one. All faults are told at once, but for those of settings that do not suit each other,
+which may come when the others are mended.
 
 *Made by `.venv/bin/python docs/make_configuration.py` from `pipeline/settings/`; change it there.*
 """

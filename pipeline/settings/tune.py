@@ -76,7 +76,7 @@ Weighting = Literal["uniform", "snr", "min_snr", "vlb"]
 
 
 class SpaceConfig(Section):
-    """What is searched. What is left empty stays as the config has it."""
+    """What is searched. What is empty stays as the config has it, as with `schedule = []`."""
 
     schedule: tuple[Literal["linear", "cosine", "sigmoid", "sqrt"], ...] = Field(
         default=("linear", "cosine", "sigmoid"), description="each with its own ranges below"
