@@ -57,8 +57,9 @@ def write_samples(
         output: the folder, which must not be there or be empty; it appears whole or not at all.
         num_samples: how many, the first with number 0.
         observer: told how far it is.
-        label: a class by its name, or by its number where classes have no names; otherwise the
-            samples have the classes that an evaluation draws for them.
+        label: a class by its name, or by its number where classes have no names; otherwise
+            classes are drawn with the shares of the model's own training split, where an
+            evaluation takes those of the reference's.
         overrides: `a.b=c` of the config; of a version, those of `evaluate` alone.
         root: the storage root of a model's name.
 
