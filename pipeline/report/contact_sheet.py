@@ -1,7 +1,7 @@
 """The contact sheet: what a person sees of a preprocessed data set at a glance, as one PNG.
 
 Items of the training split are drawn, a row for each class, or a grid where there are no labels.
-The data set in numbers is printed by `jobs/console.py`.
+The data set in numbers is printed by `jobs/inspection.py`.
 """
 
 import contextlib
