@@ -57,8 +57,8 @@ def convert_unet(
 
     Raises:
         ValueError: not a network of the library, one of the versions that had an own formula for
-            a few days (1.7.0 to 1.7.3), an unknown field, a value that does not fit the weights,
-            or one that has to be given and was not.
+            a few days (1.7.0 to 1.7.3, of sequences to 1.7.2), an unknown field, a value that does
+            not fit the weights, or one that has to be given and was not.
     """
     fields = {field.name for field in dataclasses.fields(UNetConfig)}
     if unknown := sorted(given.keys() - fields):

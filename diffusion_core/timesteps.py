@@ -17,7 +17,7 @@ def make_timesteps(
 ) -> Int64[Tensor, " num_steps"]:
     """The timesteps of a sampler, descending; one step is [T - 1] for every spacing.
 
-    `leading` never visits the last training step, `trailing` always does.
+    `leading` visits the last training step only where num_steps is T or 1, `trailing` always.
 
     Raises:
         ValueError: num_steps outside 1..T, or an unknown spacing.
