@@ -35,6 +35,33 @@ replica.compile(lambda: None)
 print(float((gradient() - eager).norm() / eager.norm()))
 """
 
+# Of a network of several of DDP's buckets, at which it is compiled in parts.
+COMPARE_UNDER_DDP = """
+from functools import partial
+import torch
+import torch.distributed as dist
+from diffusion_core import UNet, UNetConfig
+from pipeline.replica import Replica
+from pipeline.stopwatch import Stopwatch
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+attention = ("linear", "linear", "full")
+network = UNet(UNetConfig(channels=1, dim=64, dim_mults=(1, 2, 4), attention=attention))
+torch.nn.init.normal_(network.final_conv.weight, std=0.1)
+replica = Replica(network, 2, Stopwatch())  # more than one rank: with DDP
+x, t = torch.randn(2, 1, 16, 16), torch.randint(0, 1000, (2,))
+def gradient():
+    network.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = replica.module(x, t).float().square().sum()
+    replica.backward(loss)
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+eager = gradient()
+torch.compile = partial(torch.compile, backend="aot_eager")
+replica.compile(gradient)
+print(float((gradient() - eager).norm() / eager.norm()) if replica.is_compiled else "not compiled")
+"""
+
 
 class Event:
     """In place of a GPU's: it counts what was recorded before it."""
@@ -80,9 +107,16 @@ def test_the_wait_for_others_on_a_gpu_is_told_when_the_step_is_done(
     assert (parts["compute"], parts["sync"]) == (0.75, 0.25)
 
 
-def test_what_is_compiled_has_the_gradients_of_what_is_not_in_fp16() -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(COMPARE_GRADIENTS, id="linear-attention-in-fp16"),
+        pytest.param(COMPARE_UNDER_DDP, id="under-ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_compiled_has_the_gradients_of_what_is_not(script: str) -> None:
     # In a process of its own: what checks shapes in tests cannot be compiled.
-    command = [sys.executable, "-c", COMPARE_GRADIENTS]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.01
