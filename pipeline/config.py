@@ -1,4 +1,4 @@
-"""Reading the configuration from strict TOML; the sections and their keys are in `settings.py`.
+"""Reading the configuration from strict TOML; the sections and their keys are in `settings/`.
 
 The file chooses, `--set a.b=c` nudges. All faults are reported at once, an unknown key with the
 nearest valid one.
@@ -33,7 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: the file is missing or no TOML, an override is malformed, or values are
-            wrong: all faults at once, one a line.
+            wrong: all faults at once, one a line, but for those that only a new file may not
+            have, which come when the others are mended.
     """
     path = Path(path)
     try:

@@ -171,8 +171,8 @@ def read_record(target: str, root: str, overrides: Sequence[str] = ()) -> dict[s
     """The record of a score.
 
     Args:
-        target: a config (`.toml`) that is evaluated, a file `score.json` by path or URI, or the
-            name of a run.
+        target: a config (`.toml`) that is evaluated, a file `score-<hash>.json` by path or URI, or
+            the name of a run.
         root: the storage root of a run's name.
         overrides: `a.b=c` of a config.
 
