@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_core import EMA, Diffusion
 from pipeline.batches import Batch
@@ -162,6 +162,14 @@ class Learner:
         self.scaler.update()
         meter.add_step(losses, grad_norm if has_gradient else None)
         return True
+
+    @torch.no_grad()
+    def is_finite(self) -> Tensor:
+        """Whether weights, their average and the moments are: int32 [], on the device."""
+        moments = [m for known in self.optimizer.state.values() for m in known.values() if m.ndim]
+        held = [*self.model.parameters(), *self.ema.model.parameters(), *moments]
+        largest = torch.stack(torch._foreach_norm(held, math.inf))  # pyright: ignore
+        return torch.isfinite(largest).all().int()
 
     def state(self) -> dict[str, Any]:
         """The fields of a `Checkpoint` that are the learner's, not copied."""

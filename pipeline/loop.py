@@ -170,14 +170,15 @@ class _Training:
             torch.manual_seed(self._dropout_seed(number))
             is_learned = self.learner.learn(batch, self.step, self.meter)
             self.watch.mark("compute")
-            if not is_learned:
-                self._rewind(number)
-                self.watch.mark("checkpoint")
-                batches.close()
-                batches = self._iter_batches()
-                continue
-            self.step += 1
-            self._report()
+            if is_learned:
+                self.step += 1
+                if self._report():
+                    continue
+                self.step -= 1
+            self._rewind(number, is_learned)
+            self.watch.mark("checkpoint")
+            batches.close()
+            batches = self._iter_batches()
         self.writer.wait()
         return self.history
 
@@ -280,15 +281,24 @@ class _Training:
                 lambda: self.store.show_metrics(self.history), "The metrics are not written"
             )
 
-    def _rewind(self, number: int) -> None:
-        """Back to the last checkpoint, to go on without this batch and with other noise."""
+    def _rewind(self, number: int, is_learned: bool) -> None:
+        """Back to the last checkpoint, to go on without this batch and with other noise.
+
+        Args:
+            number: of the batch.
+            is_learned: whether loss and gradient were finite, and the weights then were not.
+        """
         self.num_rewinds += 1
         loss = self.meter.last_loss
         if loss is None and self.history:  # this process has done no step yet
             loss = self.history[-1]["loss"]
+        if is_learned:
+            what, where = "The weights were", "after a finite loss"
+        else:
+            what, where = "The loss or its gradient was", self._culprits()
         fault = (
-            f"The loss or its gradient was not finite at step {self.step + 1:,} "
-            f"({self._culprits()}, last finite loss {'none' if loss is None else f'{loss:.4g}'})"
+            f"{what} not finite at step {self.step + 1:,} ({where}, last finite loss "
+            f"{'none' if loss is None else f'{loss:.4g}'})"
         )
         if self.num_rewinds > self.config.max_rewinds:
             is_half = self.learner.dtype == torch.float16
@@ -344,13 +354,21 @@ class _Training:
             for_gpu=self.device.type == "cuda",
         )
 
-    def _report(self) -> None:
-        """What is due after this step: a row of metrics, validation, samples, a checkpoint."""
+    def _report(self) -> bool:
+        """What is due after this step: a row of metrics, validation, samples, a checkpoint.
+
+        Returns:
+            Whether it could be; False if there should be a checkpoint and the weights are not
+            finite on some rank, which no training could go back to.
+        """
         config, done = self.config, self.step
         is_last = done == config.num_steps
         closes_row = done % config.log_every == 0 or is_last
         self.watch.mark("metrics")
-        wants_checkpoint = self._is_new_wish()
+        is_wanted = self._is_new_wish()
+        saves = done % config.checkpoint_every == 0 or is_last or is_wanted
+        if saves and not self._is_finite():
+            return False
         if self.rank == 0 and _is_due(config.sample_every, done):
             self.hooks.on_samples(done, self.learner.ema.model)
         if self.rank == 0 and _is_due(config.fid_every, done):
@@ -359,10 +377,9 @@ class _Training:
             self.is_ended = not self.hooks.goes_on(done)
         self.watch.mark("callbacks")
         validates = _is_due(config.validate_every, done) and self.validation is not None
-        saves = done % config.checkpoint_every == 0 or is_last or wants_checkpoint
         # A checkpoint closes a row, so that a resumed history goes on alike.
         if not (closes_row or validates or saves):
-            return
+            return True
         row = self._row()
         if validates:
             assert self.validation is not None
@@ -381,6 +398,14 @@ class _Training:
         if self.rank == 0:
             self.hooks.on_row(row, self.first_step)
             self.watch.mark("callbacks")
+        return True
+
+    def _is_finite(self) -> bool:
+        """Whether all that training goes on from is, on all ranks."""
+        is_finite = self.learner.is_finite()
+        if self.world_size > 1:
+            dist.all_reduce(is_finite, dist.ReduceOp.MIN)
+        return bool(is_finite)
 
     def _is_new_wish(self) -> bool:
         """Asks, now and then, whether a checkpoint is wanted at once; once is enough."""

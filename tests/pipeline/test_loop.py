@@ -17,8 +17,9 @@ from pipeline.batches import Batch, BatchMaker
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
 from pipeline.errors import TrainingError
-from pipeline.learner import learning_rate
+from pipeline.learner import Learner, learning_rate
 from pipeline.loop import Hooks
+from pipeline.meter import Meter
 from pipeline.settings import Config, TrainConfig
 from pipeline.stopwatch import Stopwatch
 from pipeline.storage import LocalStorage
@@ -260,6 +261,41 @@ def test_a_batch_without_a_finite_loss_is_skipped(
 
     train(settings_of(config, num_steps=16), tmp_path, data, "stopped")
     assert_same_to_the_bit(load(train(config, tmp_path, data, "stopped")), done)
+
+
+@pytest.mark.parametrize("bad_step", [16, STEPS])
+@pytest.mark.parametrize("held", ["weights", "average", "moments"])
+def test_what_is_not_finite_is_in_no_checkpoint(
+    config: Config,
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    bad_step: int,
+    held: str,
+) -> None:
+    learn, times = Learner.learn, []
+
+    def learn_badly(self: Learner, batch: Batch, step: int, meter: Meter) -> bool:
+        is_learned = learn(self, batch, step, meter)
+        if step + 1 == bad_step and not times:
+            times.append(step)
+            spoilt = next((self.ema.model if held == "average" else self.model).parameters())
+            if held == "moments":
+                spoilt = self.optimizer.state[spoilt]["exp_avg_sq"]
+            with torch.no_grad():
+                spoilt.view(-1)[0] = torch.nan
+        return is_learned
+
+    monkeypatch.setattr(Learner, "learn", learn_badly)
+    store = train(config, tmp_path, data, "x")
+    done = load(store)
+    assert (done.num_rewinds, len(done.skipped)) == (1, 1)
+    assert f"The weights were not finite at step {bad_step} (after a finite loss" in caplog.text
+    assert f"went back to step {bad_step - 8} and skips" in caplog.text
+    for step in store.steps():
+        kept = load(store, step)
+        assert all(torch.isfinite(w).all() for w in [*kept.model.values(), *kept.ema.values()])
 
 
 @pytest.mark.parametrize("checkpoint_every", [8, 1])  # 1: no step is done after a rewind
