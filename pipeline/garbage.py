@@ -159,8 +159,8 @@ def _alone(storage: Storage) -> Iterator[Callable[[], None]]:
 
     def watch() -> None:
         while not stop.wait(WATCH_EVERY_S):
-            longest[0] = max(longest[0], time.time() - times[0])
-            times[0] = time.time()
+            now = time.time()  # once: a pause between two looks at the clock would be in neither
+            longest[0], times[0] = max(longest[0], now - times[0]), now
 
     def check() -> None:
         # Whoever was stopped for a while, as a laptop that sleeps, did not renew its lease.

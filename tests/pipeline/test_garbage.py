@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from pipeline.config import load_config
 from pipeline.errors import BusyError, ConfigError, StorageError
 from pipeline.extractors import extractor_key
 from pipeline.garbage import check_root, collect_garbage
-from pipeline.leases import hold_lease
+from pipeline.leases import LIFE_S, hold_lease
 from pipeline.processes import process_place
 from pipeline.registry import Registry, list_models
 from pipeline.report.home import make_home
@@ -555,3 +556,23 @@ def test_what_a_file_manager_left_stops_nothing(any_root: Root) -> None:
     assert "m-00000001" in make_home(root.storage)
     collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
     assert foreign < root.all()
+
+
+def test_a_pause_is_noticed_wherever_in_the_watch_it_comes(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = [time.time()], [0]
+
+    def clock() -> float:
+        if threading.current_thread() is not threading.main_thread():
+            asked[0] += 1
+            now[0] += 0.6 * LIFE_S if asked[0] == 2 else 0
+        return now[0]
+
+    monkeypatch.setattr(garbage, "time", SimpleNamespace(time=clock))
+    monkeypatch.setattr(garbage, "WATCH_EVERY_S", 0.001)
+    with garbage._alone(root.storage) as check:
+        while asked[0] < 4:
+            time.sleep(0.001)
+        with pytest.raises(StorageError, match="was held up"):
+            check()
