@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import Tensor
 
 from diffusion_core import Diffusion, make_schedule, variational_bound
 from diffusion_core.posterior import decoder_bits, posterior, scales_at
+from diffusion_core.process import Denoiser
 from diffusion_core.samplers import Variance
 
 BINS = torch.arange(256, dtype=torch.float64) * 2 / 255 - 1
@@ -104,3 +106,30 @@ def test_refuses_a_variance_that_the_network_does_not_have() -> None:
     diffusion = Diffusion(make_schedule("cosine", 2))
     with pytest.raises(ValueError, match="'learned' needs a network that puts it out"):
         variational_bound(diffusion, shrink, BINS[:1, None], variance="learned")
+
+
+def bound_of(model: Denoiser, **options: Any) -> Tensor:
+    diffusion = Diffusion(make_schedule("cosine", 5), "pred_x0", null_label=3)
+    generator = torch.Generator().manual_seed(0)
+    return variational_bound(
+        diffusion, model, BINS[[3, 200]][:, None], generator=generator, **options
+    ).total
+
+
+def test_the_network_is_told_the_labels() -> None:
+    labels = torch.tensor([0, 2])
+
+    def told(x_t: Tensor, t: Tensor, guess: None, class_labels: Tensor) -> Tensor:
+        return 0.5 * x_t + 0.1 * class_labels[:, None]
+
+    def knows(x_t: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x_t + 0.1 * labels[:, None]
+
+    assert torch.equal(bound_of(told, class_labels=labels), bound_of(knows))
+
+
+def test_the_guess_of_the_data_is_clamped_when_that_is_asked_for() -> None:
+    beyond, within = (lambda x_t, t, v=v: torch.full_like(x_t, v) for v in (3.0, 1.0))
+    clamped = bound_of(within, clip_x_start=False)
+    assert torch.equal(bound_of(beyond), clamped)
+    assert bool((bound_of(beyond, clip_x_start=False) > clamped).all())

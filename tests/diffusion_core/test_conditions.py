@@ -137,6 +137,8 @@ def test_guidance_of_1_costs_one_run_and_others_a_doubled_one() -> None:
             diffusion, model, draw()[2], num_steps=2, class_labels=labels, guidance_scale=scale
         )
         assert [len(x) for x, _, _ in model.calls] == [batch, batch]
+        seen = [labels_of_it for _, _, labels_of_it in model.calls]
+        assert all(told is not None and torch.equal(told[:6], labels) for told in seen)
 
 
 def test_guidance_refuses_what_it_cannot_do() -> None:
@@ -293,3 +295,33 @@ def test_learned_variance_is_refused_where_there_is_none() -> None:
             Diffusion(SCHEDULE), Recorder(), draw()[2], num_steps=2, variance="learned",
             generator=torch.Generator(),
         )  # fmt: skip
+
+
+def test_the_guess_is_made_with_the_labels_too() -> None:
+    diffusion = Diffusion(SCHEDULE, self_condition=True, null_label=NULL)
+    model, labels = Recorder(), torch.arange(6) % 3
+    x_start, t, noise = draw()
+    diffusion.loss(model, x_start, t=t, noise=noise, self_condition=True, class_labels=labels)
+    assert [seen is not None and torch.equal(seen, labels) for _, _, seen in model.calls] == [
+        True,
+        True,
+    ]
+
+
+def test_guidance_shows_both_halves_the_guess_and_takes_the_variance_with_the_class() -> None:
+    diffusion = Diffusion(SCHEDULE, self_condition=True, learned_variance=True, null_label=NULL)
+    recorder, labels = Recorder(), torch.arange(6) % 3
+    _, t, x_t = draw()
+
+    def model(*arguments: Tensor, class_labels: Tensor) -> Tensor:
+        output = recorder(*arguments, class_labels=class_labels)
+        return torch.cat([output, 0 * output + 0.2 * class_labels.view(-1, 1, 1, 1)], dim=1)
+
+    _, fraction = diffusion.predict_with_variance(
+        model, x_t, t, x_self_cond=x_t, class_labels=labels, guidance_scale=2.0
+    )
+    assert fraction is not None
+    assert torch.allclose(fraction[:, 0, 0, 0], (0.2 * labels.double() + 1) / 2)
+    ((_, guess, _),) = recorder.calls
+    assert guess is not None
+    assert torch.equal(guess, torch.cat([x_t, x_t]))

@@ -154,3 +154,9 @@ def test_unknown_objective_and_weighting_are_refused() -> None:
         Diffusion(SCHEDULE, "pred_v", "snr_min")  # pyright: ignore
     with pytest.raises(ValueError, match="gamma must be above 0"):
         Diffusion(SCHEDULE, "pred_v", "min_snr", gamma=0)
+
+
+def test_vlb_weight_of_a_single_step_is_by_its_own_noise() -> None:
+    schedule = make_schedule("cosine", 1)
+    weights = loss_weights(schedule, "pred_x0", "vlb")
+    assert weights.tolist() == pytest.approx([1 / (2 * posterior(schedule, 0, -1).beta)])

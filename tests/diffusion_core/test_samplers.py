@@ -148,3 +148,20 @@ def test_interpolation_ends_at_its_images(weight: float) -> None:
         interpolate(
             diffusion, zeros, images[0], images[1], t=6, weight=2.0, noise=torch.zeros_like(chosen)
         )
+
+
+def test_interpolation_denoises_as_the_sampler_does_that_is_told_the_same() -> None:
+    diffusion = Diffusion(SCHEDULE, "pred_x0", null_label=3)
+    x_1, x_2, noise = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+
+    def model(x: Tensor, t: Tensor, guess: None, class_labels: Tensor) -> Tensor:
+        return 2 * x + 0.3 * class_labels.view(-1, 1, 1, 1)
+
+    told = {"class_labels": torch.tensor([0, 2]), "guidance_scale": 3.0, "clip_x_start": False}
+    x = interpolate(
+        diffusion, model, x_1, x_2, t=60, weight=0.25, noise=noise, num_steps=3, **told
+    )  # fmt: skip
+    t = torch.full((2,), 60)
+    x_t = torch.lerp(diffusion.q_sample(x_1, t, noise), diffusion.q_sample(x_2, t, noise), 0.25)
+    expected = sample_ddim(diffusion, model, x_t, timesteps=[60, 30, 0], **told)
+    assert torch.allclose(x, expected, atol=1e-9)

@@ -1,14 +1,15 @@
 """The U-Net as a whole: shapes, conditions, layouts, refusals. Parts have tests of their own."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_core import UNet, UNetConfig
-from diffusion_core.unet import BlockNorm
+from diffusion_core.unet import BlockNorm, TimeEmbedding
 
 SMALL = UNetConfig(
     channels=3, dim=8, dim_mults=(1, 2, 2), attention=("none", "linear", "full"), heads=2,
@@ -211,3 +212,14 @@ def test_refuses_what_it_was_not_made_for() -> None:
 def test_refuses_an_incoherent_config(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{"dim_mults": (1, 2, 2), "attention": ("none",) * 3, **changes})
+
+
+def test_the_longest_wave_of_the_timestep_is_as_long_as_asked_for() -> None:
+    embedding = TimeEmbedding(UNetConfig(dim=8, time_theta=50.0))
+    as_they_are = nn.Linear(8, 8, bias=False)
+    nn.init.eye_(as_they_are.weight)
+    embedding.mlp = nn.Sequential(as_they_are)
+    found = embedding(torch.tensor([7, 40]), None)
+    for t, row in zip((7, 40), found.tolist(), strict=True):
+        assert (row[0], row[3]) == pytest.approx((math.sin(t), math.sin(t / 50)), abs=1e-5)
+        assert (row[4], row[7]) == pytest.approx((math.cos(t), math.cos(t / 50)), abs=1e-5)
