@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,44 @@ def test_the_reader_is_told_what_comes_again_behind_what_is_skipped(for_gpu: boo
     assert len(items.told) == 2
     for told, first in zip(items.told, (2, 5), strict=True):
         assert told == list(order.upcoming_shards(first, here.groups, 8 - first))
+
+
+def test_what_is_drawn_for_a_batch_is_drawn_anew_for_another_and_by_another_seed(
+    items: Items,
+) -> None:
+    def drawn(batch: int, seed: int = 0) -> list[torch.Tensor]:
+        settings = {"seed": seed, "label_dropout": 0.5}
+        plain = maker(items, **settings).make(batch, 0)
+        mirrored = maker(items, **settings, horizontal_flip=True).make(batch, 0)
+        assert plain.class_labels is not None
+        is_mirrored = (plain.items != mirrored.items).flatten(1).any(1)
+        return [plain.noise, plain.timesteps, plain.class_labels == 3, is_mirrored]
+
+    first = drawn(3)
+    for other in (drawn(4), drawn(3, seed=1)):
+        assert not any(map(torch.equal, first, other))
+
+
+def test_the_settings_of_the_process_and_of_training_count(items: Items) -> None:
+    plain = maker(items)
+    diffusion = Diffusion(make_schedule("cosine", 100), offset_noise=1.0, self_condition=True)
+    config = plain.config.model_copy(update={"timestep_draw": "antithetic"})
+    other = replace(plain, diffusion=diffusion, config=config)
+    shared = other.make(3, 0).noise - plain.make(3, 0).noise
+    assert torch.allclose(shared, shared[..., :1, :1].expand_as(shared), atol=1e-6)
+    assert float(shared.std()) > 0.5
+    timesteps = other.make(3, 0).timesteps
+    assert (timesteps[:32] + timesteps[32:]).tolist() == [99] * 32
+    assert {other.make(k, 0).self_condition for k in range(20)} == {False, True}
+    assert plain.make(3, 0).self_condition is None
+
+
+def test_items_without_a_label_have_the_null_label(
+    tmp_path: Path, write_data_set: Callable[..., dict[str, Any]]
+) -> None:
+    storage, pixels = LocalStorage(str(tmp_path)), np.zeros((50, 1, 4, 4), np.uint8)
+    labels = [None if k % 2 else 1 for k in range(50)]
+    unlabelled = open_split(storage, write_data_set(storage, pixels, labels), "train")
+    batch = maker(unlabelled, label_dropout=0.0).make(0, 0)
+    assert batch.class_labels is not None
+    assert set(batch.class_labels.tolist()) == {1, 3}

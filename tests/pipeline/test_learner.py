@@ -91,7 +91,9 @@ def test_a_step_reads_no_number_but_whether_it_is_finite(
 def test_the_optimiser_is_what_the_config_says_and_fused_and_features_lie_channels_last(
     tiny_config: Path,
 ) -> None:
-    settings = ["betas=[0.8, 0.95]", "weight_decay=0.125", "learning_rate=0.5"]
+    settings = [
+        "betas=[0.8, 0.95]", "weight_decay=0.125", "learning_rate=0.5", "ema_decay=0.25"
+    ]  # fmt: skip
     config = load_config(tiny_config, [f"train.{setting}" for setting in settings])
     learner = Learner(
         config.train,
@@ -105,6 +107,7 @@ def test_the_optimiser_is_what_the_config_says_and_fused_and_features_lie_channe
     chosen = {name: learner.optimizer.defaults[name] for name in ("betas", "weight_decay", "lr")}
     assert chosen == {"betas": (0.8, 0.95), "weight_decay": 0.125, "lr": 0.5}
     assert learner.optimizer.defaults["fused"] is True
+    assert learner.ema.decay_at(1000) == 0.25
     seen: list[bool] = []
     for module in learner.model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):

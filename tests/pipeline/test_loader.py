@@ -14,6 +14,7 @@ def test_noise_belongs_to_its_group(key: tuple[int, ...]) -> None:
     )
     assert whole.shape[0] == 4 * NOISE_GROUP
     assert torch.equal(whole, parts)
+    assert len(whole.unique()) == whole.numel()  # each group has noise of its own
 
 
 def test_noise_is_gaussian_and_timesteps_are_uniform() -> None:

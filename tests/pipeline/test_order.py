@@ -162,3 +162,17 @@ def test_an_item_has_other_neighbours_in_the_next_epoch() -> None:
 def test_no_items_are_refused() -> None:
     with pytest.raises(ValueError, match="needs items, got none"):
         make_order(seed=0, counts=[0, 0], global_batch_size=16, shuffle_window=None)
+
+
+@pytest.mark.parametrize(
+    ("counts", "window"), [([256], 256), ([16] * 16, 1)], ids=["within a window", "of the shards"]
+)
+def test_each_seed_and_each_epoch_has_an_order_of_its_own(counts: list[int], window: int) -> None:
+    def epochs(seed: int) -> list[list[int]]:
+        taken = streams(windowed(counts, 1, window, seed), 1, 2 * 256 // NOISE_GROUP)[0]
+        return [taken[:256].tolist(), taken[256:].tolist()]
+
+    (first, second), (other, _) = epochs(0), epochs(1)
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(256))
+    assert first != second
+    assert first != other

@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import train as pipeline_train
 from pipeline.batches import BatchMaker
 from pipeline.config import load_config
 from pipeline.errors import DataError, StorageError
+from pipeline.models import make_unet
 from pipeline.patience import Patience
 from pipeline.runs import RunRecord
 from pipeline.settings import Config
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage, Storage
 from pipeline.torchrun import torchrun_world
-from pipeline.train import _tell_progress, most_groups, train, train_in_process
+from pipeline.train import _begin, _tell_progress, most_groups, train, train_in_process
 from pipeline.workflow import Event, StepContext, plan
 
 
@@ -181,3 +183,9 @@ def test_a_finished_training_waits_for_a_storage_that_is_away(
     assert context.artifacts.keys() == {"ema.safetensors", "metrics.jsonl"}
     for artifact in context.artifacts.values():
         assert told.storage.exists(f"{context.directory}/{artifact['file']}")
+
+
+def test_training_begins_with_the_weights_of_its_seed(tiny_config: Path, tmp_path: Path) -> None:
+    config, storage = load_config(tiny_config, ["train.seed=5"]), LocalStorage(str(tmp_path))
+    begun, expected = _begin(config, storage, None, None), make_unet(config, 5)
+    assert torch.equal(begun.init_conv.weight, expected.init_conv.weight)
