@@ -29,19 +29,23 @@ class Stubborn(CheckpointStore):
 
 def make_checkpoint(step: int, weight: torch.Tensor) -> Checkpoint:
     state = {"w": weight}
-    return Checkpoint(step, state, state, {"optimizer": {"state": [weight]}, "scaler": {}}, [])
+    optimizer = {"optimizer": {"state": [weight]}, "scaler": {}}
+    return Checkpoint(step, state, state, optimizer, [{"global_step": step}])
 
 
 def test_what_is_written_is_the_state_when_it_was_given(tmp_path: Path) -> None:
     store = Stubborn(tmp_path)
     writer = CheckpointWriter(store, Patience(0))
     weight = torch.ones(3)
-    writer.write(make_checkpoint(1, weight))
+    checkpoint = make_checkpoint(1, weight)
+    writer.write(checkpoint)
     weight.zero_()
+    checkpoint.history.append({"global_step": 2})  # pyright: ignore[reportAttributeAccessIssue]
     store.may_write.set()  # pyright: ignore[reportAttributeAccessIssue]
     writer.wait()
     saved = store.load(1)
     assert saved is not None
+    assert saved.history == [{"global_step": 1}]
     assert torch.equal(saved.model["w"], torch.ones(3))
     assert torch.equal(saved.optimizer["optimizer"]["state"][0], torch.ones(3))
     writer.close()

@@ -293,3 +293,9 @@ def test_one_in_place_of_a_damaged_one_half_deleted_is_whole(tmp_path: Path) -> 
     after = CheckpointStore(LocalStorage(str(tmp_path)), "t")
     after.save(make_checkpoint(20))
     assert after.load(20) is not None
+
+
+def test_a_loss_of_another_step_is_not_its_own() -> None:
+    rows = [{"global_step": 20, "validation_loss": 0.1}]
+    assert replace(make_checkpoint(20), history=rows).validation_loss == 0.1
+    assert replace(make_checkpoint(30), history=rows).validation_loss is None

@@ -1,11 +1,14 @@
 """The loop in one process: resuming, what is not finite, rows of metrics, precision."""
 
+import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
 from pipeline.errors import TrainingError
 from pipeline.learner import Learner, learning_rate
-from pipeline.loop import Hooks
+from pipeline.loop import Hooks, _Training
 from pipeline.meter import Meter
 from pipeline.settings import Config, TrainConfig
 from pipeline.stopwatch import Stopwatch
@@ -257,6 +260,7 @@ def test_a_batch_without_a_finite_loss_is_skipped(
     assert re.search(r"not finite at step 14 \(rank 0, last finite loss [\d.]+\)", caplog.text)
     assert "went back to step 8 and skips that batch" in caplog.text
     assert [row["global_step"] for row in done.history] == [8, 16, 20, 24]
+    assert all(math.isfinite(row["loss"]) for row in done.history)
     assert all(torch.isfinite(weight).all() for weight in done.ema.values())
 
     train(settings_of(config, num_steps=16), tmp_path, data, "stopped")
@@ -547,3 +551,50 @@ def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(
     with pytest.raises(TrainingError, match=r"below t are damaged, all of them\. Bring one"):
         train(config, tmp_path, data, "t")
     assert store.steps() == [16, 24]
+
+
+def test_rows_tell_where_training_is(config: Config, tmp_path: Path, data: dict[str, Any]) -> None:
+    decays = settings_of(config, learning_rate_decay="cosine")
+    rows = load(train(decays, tmp_path, data, "x")).history
+    for row, steps in zip(rows, (8, 8, 4, 4), strict=True):
+        done = row["global_step"]
+        assert row["images_seen"] == 32 * done
+        assert row["learning_rate"] == learning_rate(decays.train, done - 1)  # of the last step
+        assert row["images_per_s"] * row["wall_s"] == pytest.approx(32 * steps)
+
+
+def test_what_is_shown_and_scored_on_the_way_is_the_average(
+    config: Config, tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[torch.nn.Module] = []
+
+    def show(step: int, model: torch.nn.Module) -> None:
+        shown.append(copy.deepcopy(model))
+
+    def validate(model: torch.nn.Module, *_: Any, dtype: torch.dtype, **__: Any) -> float:
+        assert dtype == torch.bfloat16
+        show(8, model)
+        return 0.5
+
+    monkeypatch.setattr("pipeline.loop.validation_loss", validate)
+    every = dict.fromkeys(("sample_every", "fid_every", "validate_every"), 8)
+    hooks = Hooks(on_samples=show, on_fid=show)
+    watched = settings_of(config, num_steps=8, precision="bf16", **every)
+    done = load(train(watched, tmp_path, data, "x", hooks=hooks), 8)
+    assert not equal(done.ema, done.model)
+    assert len(shown) == 3
+    for model in shown:
+        assert not model.training  # nothing is dropped
+        assert equal(dict(model.state_dict()), dict(done.ema))
+
+
+def test_each_step_of_each_rank_drops_units_of_its_own() -> None:
+    def seed(number: int = 0, train_seed: int = 0, num_rewinds: int = 0, rank: int = 0) -> int:
+        training: Any = SimpleNamespace(
+            config=TrainConfig(seed=train_seed), num_rewinds=num_rewinds, rank=rank
+        )
+        return _Training._dropout_seed(training, number)
+
+    seeds = {seed(), seed(number=1), seed(train_seed=1), seed(num_rewinds=1), seed(rank=1)}
+    assert len(seeds) == 5
+    assert seed() in seeds

@@ -253,3 +253,11 @@ def test_a_clock_that_is_set_back_holds_up_no_progress(
         monkeypatch.setattr(time, "time", lambda: an_hour_ago)
         views.on_row(ROW | {"global_step": 2}, 0)
     assert json.loads((tmp_path / "t" / "progress.json").read_text())["global_step"] == 2
+
+
+def test_the_time_left_is_that_of_the_images_left(tiny_config: Path, tmp_path: Path) -> None:
+    config = load_config(tiny_config, ["train.num_steps=9"])
+    with closing(TrainingViews(config, LocalStorage(str(tmp_path)), "t", 0.0)) as views:
+        views.on_row(ROW, 0)
+    progress = json.loads((tmp_path / "t" / "progress.json").read_text())
+    assert progress["seconds_left"] == 5 * 32 / 10
