@@ -16,14 +16,14 @@ import torch
 from pipeline import drawing
 from pipeline.checkpoints import to_safetensors
 from pipeline.config import load_config
-from pipeline.drawing import Series, _deal, _draw_chunks, draw_chunk
+from pipeline.drawing import Series, _deal, _draw_chunks, draw_chunk, draw_items, iter_drawn
 from pipeline.errors import EvaluationError
-from pipeline.extractors import ARTIFACT
+from pipeline.extractors import ARTIFACT, load_extractor
 from pipeline.extractors.small import SmallNetwork
 from pipeline.sampling import draw_labels
 from pipeline.settings import Config
 from pipeline.storage import LocalStorage
-from pipeline.subjects import Source
+from pipeline.subjects import Source, load_network
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,9 @@ def features(storage: LocalStorage) -> str:
 
 @pytest.fixture
 def config(tiny_config: Path) -> Config:
-    return load_config(tiny_config, ["evaluate.num_steps=2", "model.class_conditional=true"])
+    return load_config(
+        tiny_config, ["evaluate.num_steps=2", "evaluate.seed=3", "model.class_conditional=true"]
+    )
 
 
 @pytest.fixture
@@ -199,3 +201,19 @@ def test_jobs_are_dealt_evenly_and_in_order() -> None:
     assert {len(group) for group in groups} == {2, 3}
     assert _deal([1, 2], 8) == [[1], [2]]
     assert _deal([], 8) == []
+
+
+def test_samples_for_a_score_on_the_way_are_those_of_their_numbers(
+    storage: LocalStorage, config: Config, features: str
+) -> None:
+    source = Source("untrained", counts={"0": 10, "1": 20, "2": 30})
+    network = load_network(storage, config, source)
+    assert network.counts is not None
+    with torch.no_grad():  # a new one puts out zeros
+        network.model.final_conv.weight.normal_(generator=torch.Generator().manual_seed(0))
+    extractor = load_extractor(storage, json.loads(features))
+    items = [drawn for drawn, _ in iter_drawn(config, network, extractor, 70, first=100)]
+    numbers = range(100, 170)
+    labels = draw_labels(network.counts, config.evaluate.seed, numbers)
+    assert [len(part) for part in items] == [64, 6]
+    assert np.array_equal(np.concatenate(items), draw_items(config, network, numbers, labels))

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,19 @@ from diffusion_core import UNet
 from pipeline import fid_validation
 from pipeline.checkpoints import to_safetensors
 from pipeline.config import load_config
+from pipeline.drawing import iter_drawn
 from pipeline.errors import DataError, EvaluationError, StorageError
+from pipeline.extractors import load_extractor
 from pipeline.extractors.small import SmallNetwork
 from pipeline.fid_validation import Scorer, score_weights, scores_beside
 from pipeline.fid_weights import WeightsHandover
-from pipeline.models import make_unet
+from pipeline.models import make_diffusion, make_unet
+from pipeline.reference import read_features
+from pipeline.scores.frechet import frechet_distance, sum_features
 from pipeline.settings import Config
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
+from pipeline.subjects import Network
 from pipeline.workflow import StepContext, plan
 
 SETTINGS = [
@@ -472,3 +477,36 @@ def raise_error(error: Exception) -> Any:
         raise error
 
     return fail
+
+
+def test_its_samples_come_after_those_of_the_final_score(training: Training) -> None:
+    training.pass_by(10)
+    (row,) = training.shown()
+    config, inputs = training.config, training.context.inputs
+    network = Network(make_network(config, 0), make_diffusion(config), None)
+    extractor = load_extractor(training.storage, inputs["features"])
+    drawn = iter_drawn(config, network, extractor, 72, config.evaluate.num_samples)
+    found = sum_features(np.concatenate([features for _, features in drawn]))
+    real = sum_features(read_features(training.storage, inputs["reference"], "validation"))
+    assert row["value"] == pytest.approx(frechet_distance(real, found), rel=1e-6)
+
+
+def test_its_labels_are_drawn_as_those_of_the_training_images(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = {"train": {"0": 1, "1": 5}, "validation": {"0": 9}, "test": {"0": 9}}
+    counts: list[Any] = []
+
+    def draw(config: Config, network: Network, *_: Any) -> Iterator[Any]:
+        counts.append(network.counts)
+        yield None, np.eye(4, dtype=np.float32)
+
+    monkeypatch.setattr(
+        fid_validation, "read_dataset", lambda *_: {"labels": labels, "classes": None}
+    )
+    monkeypatch.setattr(fid_validation, "iter_drawn", draw)
+    told = training.config.model.model_copy(update={"class_conditional": True})
+    config = training.config.model_copy(update={"model": told})
+    training.storage.create("w", to_safetensors(make_unet(config, 0, 2).state_dict()))
+    score_weights(training.storage.uri, config.model_dump_json(), training.context.inputs, "w")
+    assert counts == [{0: 1, 1: 5}]

@@ -193,3 +193,12 @@ def test_the_run_of_a_config_is_its_own_or_that_of_a_cycle(model: Model) -> None
     assert (run, cycle["number"], cycle["outcome"]["state"]) == ("tiny-cycle1", 2, "held")
     record_run(model, own)
     assert find_run(model.config)[1] == own
+
+
+def test_many_samples_are_of_the_classes_that_their_file_says(model: Model, tmp_path: Path) -> None:
+    model.sample("tiny", tmp_path / "s", "evaluate.num_steps=2", num_samples=70)
+    evaluate = model.config.evaluate.model_copy(update={"num_steps": 2})
+    config = model.config.model_copy(update={"evaluate": evaluate})
+    table = pa.ipc.open_file(tmp_path / "s" / "samples.arrow").read_all()
+    drawn = model.draw(1, table["label"].to_pylist(), config)
+    assert np.abs(read_pngs(tmp_path / "s").astype(int) - drawn).max() <= 1
