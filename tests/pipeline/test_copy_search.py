@@ -1,14 +1,17 @@
 """Copies that are planted are found, with the training images they are of."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline import copy_search
-from pipeline.copy_search import _search
+from pipeline.config import load_config
+from pipeline.copy_search import _search, find_copies
 from pipeline.dataset import open_split
 from pipeline.storage import LocalStorage
 
@@ -51,3 +54,18 @@ def test_planted_copies_are_found_and_shown(
         blind = _search(storage.uri, data, 1 << 30, False, samples, range(200))
         assert blind is not None
         assert not blind.facts()["is_memorising"]
+
+
+@pytest.mark.parametrize("is_mirrored", ["false", "true"])
+def test_mirror_images_are_looked_at_where_they_were_trained_on(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch, is_mirrored: str
+) -> None:
+    monkeypatch.setattr(copy_search, "send_task", lambda function, resources, *sent: sent)
+    config = load_config(tiny_config, [f"train.horizontal_flip={is_mirrored}"])
+    context: Any = SimpleNamespace(
+        config=config, storage=SimpleNamespace(uri="x"), inputs={"preprocess": {}}
+    )
+    seen: Any = SimpleNamespace(spread=None, numbers=())
+    sent: Any = find_copies(context, seen)
+    named = inspect.signature(_search).bind(*sent).arguments
+    assert named["is_mirrored"] is (is_mirrored == "true")

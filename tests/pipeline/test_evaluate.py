@@ -4,13 +4,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config import load_config
+from pipeline.drawing import Series
 from pipeline.errors import DataError
-from pipeline.evaluate import evaluate, few_samples, plan_series, summarise
+from pipeline.evaluate import _score, evaluate, few_samples, plan_series, summarise
 from pipeline.features import check_counts
 from pipeline.scores import show_number
+from pipeline.scores.degenerate import DegenerateCounts
+from pipeline.scores.frechet import frechet_distance, sum_features
+from pipeline.scores.kernel import kernel_distance
+from pipeline.scores.manifold import precision_recall
 from pipeline.subjects import Source
 
 RECORD: dict[str, Any] = {
@@ -131,3 +137,55 @@ def test_a_score_in_one_line() -> None:
 )
 def test_numbers_as_a_person_reads_them(value: float, text: str) -> None:
     assert show_number(value) == text
+
+
+@pytest.mark.parametrize("interval_reference", ["fixed", "sample"])
+def test_a_record_tells_samples_from_images_and_the_floor_is_of_as_many(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch, interval_reference: str
+) -> None:
+    rng = np.random.default_rng(0)
+    train, real = rng.normal(size=(400, 4)), rng.normal(size=(150, 4))
+    generated = 0.3 * rng.normal(size=(200, 4))  # precise, and of little variety
+    picked: list[np.ndarray] = []
+
+    def pick(storage: Any, reference: Any, split: str, numbers: np.ndarray) -> np.ndarray:
+        assert split == "train"
+        picked.append(numbers)
+        return train[numbers]
+
+    for name, replaced in {
+        "read_sums": lambda content, split: sum_features(real),
+        "read_features": lambda storage, reference, split: real,
+        "read_all": lambda context, series, name: generated,
+        "pick_features": pick,
+        "sampling_of": lambda context: {},
+        "make_protocol": lambda *_, **fields: fields,
+    }.items():
+        monkeypatch.setattr(f"pipeline.evaluate.{name}", replaced)
+    config = load_config(tiny_config, [f"evaluate.interval_reference={interval_reference}"])
+    facts = {"extractor": "classifier", "num_features": 4, "classifies": False}
+    inputs = {"features": {"metrics": facts}, "reference": {"metrics": {"counts": {"train": 400}}}}
+    context: Any = SimpleNamespace(
+        config=config, inputs=inputs, storage=None, read_input=lambda step, name: b""
+    )
+    series = {"samples": Series("samples", Source("model"), config.evaluate, 200)}
+    seen: Any = SimpleNamespace(degenerate=DegenerateCounts(200, 0, 0))
+    record = _score(context, series, seen)
+    manifold, kernel = precision_recall(real, generated), kernel_distance(real, generated)
+    assert manifold is not None
+    assert kernel is not None
+    assert manifold.precision > 0.9 > 0.5 > manifold.recall
+    found = record["precision_recall"]
+    assert (found["precision"], found["recall"]) == (manifold.precision, manifold.recall)
+    assert record["kid"]["generated_count"] == 200
+    assert record["kid"]["error"] == kernel.error
+    assert record["unbiased"]["is_reference_fixed"] == (interval_reference == "fixed")
+    (numbers,) = picked
+    assert len(set(numbers.tolist())) == len(numbers) == 200
+    assert record["floor"] == pytest.approx(
+        frechet_distance(sum_features(real), sum_features(train[numbers]))
+    )
+    assert record["metric"] == "fid[classifier]"
+    monkeypatch.setattr("pipeline.evaluate.read_sums", lambda *_: sum_features(real[:30]))
+    few = _score(context, series, seen)["metric"]
+    assert few == "fid[classifier] (few: 30 for 4 features)"

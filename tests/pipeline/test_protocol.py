@@ -9,11 +9,13 @@ import pytest
 from pipeline.config import load_config
 from pipeline.driver import make_plan
 from pipeline.errors import ConfigError, EvaluationError
+from pipeline.extractors.naming import ARTIFACT
 from pipeline.protocol import (
     FIELDS,
     compare_records,
     differences,
     differing_settings,
+    make_protocol,
     own_sampling,
     read_record,
 )
@@ -121,3 +123,34 @@ def test_a_config_whose_search_is_to_come_has_no_score_yet(
     searching = [root, "tune.enabled=true", "tune.num_samples=64", "train.num_workers=1"]
     with pytest.raises(ConfigError, match="is not evaluated: its config is what tune recommends"):
         read_record(str(tiny_config), "", searching)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("evaluate.seed=1", "seed"),
+        ("evaluate.num_steps=5", "num_steps"),
+        ("evaluate.spacing=leading", "spacing"),
+        ("evaluate.eta=0.5", "eta"),
+        ("evaluate.clip_x_start=false", "clip_x_start"),
+        ("evaluate.interval_reference=sample", "interval_reference"),
+        ("data.resolution=16", "resolution"),
+        ("data.mode=RGB", "mode"),
+        ("data.resample=area", "resize"),
+        ("data.fit=pad", "fit"),
+    ],
+)
+def test_scores_under_another_setting_do_not_compare(
+    tiny_config: Path, override: str, field: str
+) -> None:
+    features = {
+        "metrics": {"extractor": "x", "num_features": 4}, "artifacts": {ARTIFACT: {"sha256": "0"}}
+    }  # fmt: skip
+    reference = {"key": "r", "metrics": {"counts": {"test": 40}}}
+    plain, other = (
+        make_protocol(
+            load_config(tiny_config, settings), features, reference, split="test", num_samples=8
+        )
+        for settings in ([], [override])
+    )
+    assert differences(plain, other) == [field]

@@ -173,3 +173,24 @@ def test_a_copy_that_a_clean_up_took_before_the_run_began_is_made_again(
     monkeypatch.setattr(driver, "execute", begin)
     with pytest.raises(TrainingError):
         run_config(config, ("report",), subject=subject, observer=lambda event: None)
+
+
+def test_weights_without_an_average_are_scored_by_a_protocol_of_their_own(
+    checkpoint: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    config, storage = config_of(tiny_config, "data.mode=RGB"), LocalStorage(str(tmp_path / "root"))
+    import_checkpoint(checkpoint, tmp_path / "folder")
+
+    def weights() -> str:
+        subject = import_model(tmp_path / "folder", config, storage)
+        steps = make_steps(config, [], subject=subject)
+        planned = {p.step.name: p for p in plan(steps, storage)}
+        context = StepContext(config, storage, planned["evaluate"], {}, lambda event: None)
+        return sampling_of(context)["weights"]
+
+    assert weights() == "ema"
+    path = tmp_path / "folder" / "model.json"
+    document = json.loads(path.read_text())
+    document["weights"] = {"model": document["weights"]["ema"]}
+    path.write_text(json.dumps(document))
+    assert weights() == "model"

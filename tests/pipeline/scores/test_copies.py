@@ -1,4 +1,6 @@
-from itertools import pairwise
+from itertools import combinations, pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.errors import EvaluationError
 from pipeline.scores import copies
-from pipeline.scores.copies import CopyCheck, NearestImages, check_copies
+from pipeline.scores.copies import CopyCheck, NearestImages, _chance_of_so_many, check_copies
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,30 @@ def test_what_cannot_be_compared_is_refused() -> None:
         found.add(np.zeros((2, 3, 8, 8), np.uint8), 0)
     with pytest.raises(EvaluationError, match="NaN"):
         NearestImages(np.full((2, 1, 8), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("found", [1, 2, 4])
+@pytest.mark.parametrize("expected", [1, 2, 3])
+def test_the_chance_is_that_of_all_orders_alike(found: int, expected: int) -> None:
+    """Counted: of four samples and five held-out images, in which places the samples may come."""
+    orders = list(combinations(range(9), 4))
+    hits = 0
+    for places in orders:
+        held_out = sorted(set(range(9)) - set(places))
+        hits += sum(place < held_out[expected - 1] for place in places) >= found
+    chance = _chance_of_so_many(found, 4, expected, 5)
+    assert chance == pytest.approx(hits / len(orders))
+
+
+def test_the_threshold_is_the_lowest_ratio_of_held_out_images_and_what_is_at_it_is_near() -> None:
+    def near(ratios: np.ndarray) -> Any:
+        distances = np.ones((len(ratios), 5))
+        distances[:, 0] = ratios
+        return SimpleNamespace(distances=distances, ids=np.zeros((len(ratios), 5), int))
+
+    ratios = np.linspace(0.8, 0.999, 200)
+    found = check_copies(near(np.array([0.2, 0.8, 0.9])), near(ratios))
+    assert found is not None
+    assert found.threshold == pytest.approx(0.8)
+    assert found.ratios == pytest.approx((0.2, 0.8, 0.9))
+    assert (found.num_near_copies, found.held_out_share) == (2, 1 / 200)
