@@ -16,9 +16,10 @@ from pipeline import garbage
 from pipeline.config import load_config
 from pipeline.errors import BusyError, ConfigError, StorageError
 from pipeline.extractors import extractor_key
-from pipeline.garbage import check_root, collect_garbage
+from pipeline.garbage import Unit, check_root, collect_garbage
 from pipeline.leases import LIFE_S, hold_lease
 from pipeline.processes import process_place
+from pipeline.reachable import find_reached
 from pipeline.registry import Registry, list_models
 from pipeline.report.home import make_home
 from pipeline.runs import SWEEP, RunRecord, list_runs
@@ -556,6 +557,88 @@ def test_what_a_file_manager_left_stops_nothing(any_root: Root) -> None:
     assert "m-00000001" in make_home(root.storage)
     collect_garbage(root.storage, keep_runs=0, grace_s=ALL)
     assert foreign < root.all()
+
+
+def test_the_latest_runs_of_each_name_stay(root: Root) -> None:
+    for number, name in enumerate(("m", "n", "m"), 1):
+        root.put_run(name, number, "a")
+    survey = collect_garbage(root.storage, keep_runs=1, grace_s=ALL)
+    assert survey.runs == ["m-00000003", "n-00000002"]
+
+
+def test_a_run_is_as_late_as_its_last_execution(root: Root) -> None:
+    document = root.put_run("m", 1, "a")["document"]
+    document["executions"].append({"started": 9.0, "ended": None, "outcome": "", "steps": {}})
+    root.storage.replace("runs/m-00000001/run.json", json.dumps(document).encode())
+    root.put_run("m", 2, "b")
+    assert collect_garbage(root.storage, keep_runs=1, grace_s=ALL).runs == ["m-00000001"]
+
+
+def test_the_training_that_another_began_from_stays_with_it(root: Root) -> None:
+    keys = root.put_run("m", 1, "a")["keys"]
+    begun = {"start.training": keys["train"], "start.weights": "w"}
+    data = root.put_data("b")[1]
+    young = root.put("train", {"preprocess": data}, **begun)[1]
+    age(root, "", 10)
+    age(root, f"steps/train/{young}", 6)
+    collect_garbage(root.storage, keep_runs=0)
+    assert root.has(f"steps/train/{keys['train']}")
+    assert root.has(SHARD["a"])
+    assert not root.has(f"steps/evaluate/{keys['evaluate']}")
+
+
+def test_what_was_just_written_into_an_old_directory_keeps_it(root: Root) -> None:
+    root.put_run("m", 1, "a")
+    key = root.put("train", num=9)[1]
+    age(root, "", 10)
+    root.storage.replace(f"steps/train/{key}/progress.json", b"{}")
+    collect_garbage(root.storage, keep_runs=0)
+    assert root.storage.exists(f"steps/train/{key}/manifest.json")
+    assert not root.has(SHARD["a"])
+
+
+def test_what_a_result_of_unknown_age_rests_on_stays(root: Root) -> None:
+    data = root.put_data("a")[1]
+    key = root.put("train", {"preprocess": data})[1]
+    written = {f"steps/train/{key}": None, f"steps/preprocess/{data}": 0.0}
+    reached = find_reached(root.storage, written, keep_runs=0, since=1.0)
+    assert reached.holds(f"steps/preprocess/{data}")
+    assert reached.holds(SHARD["a"])
+
+
+@pytest.mark.parametrize("is_noticed_at_once", [True, False])
+def test_one_that_was_held_up_for_most_of_its_lease_stops(
+    root: Root, monkeypatch: pytest.MonkeyPatch, is_noticed_at_once: bool
+) -> None:
+    """Whether it looks when it wakes, or only after its watch has gone on for a while."""
+    root.put_run("m", 1, "a")
+    now, asked = [time.time()], [0]
+
+    def clock() -> float:
+        asked[0] += 1
+        return now[0]
+
+    def sleep(unit: Unit) -> None:
+        now[0] += 0.6 * LIFE_S
+        before = asked[0]
+        while not is_noticed_at_once and asked[0] < before + 6:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(garbage, "time", SimpleNamespace(time=clock))
+    monkeypatch.setattr(garbage, "WATCH_EVERY_S", 3600.0 if is_noticed_at_once else 0.001)
+    with pytest.raises(StorageError, match="was held up, and a run may have"):
+        collect_garbage(root.storage, keep_runs=0, grace_s=ALL, on_delete=sleep)
+
+
+def test_features_of_a_file_that_no_data_set_has_go_though_the_extractor_stays(
+    root: Root,
+) -> None:
+    root.put_run("m", 1, "a")
+    (kept,) = (path for path in root.all() if path.startswith("features/"))
+    gone = kept.replace(hash_content(b"a"), hash_content(b"gone"))
+    root.storage.create(gone, b"features")
+    collect_garbage(root.storage, grace_s=ALL)
+    assert (root.storage.exists(kept), root.storage.exists(gone)) == (True, False)
 
 
 def test_a_pause_is_noticed_wherever_in_the_watch_it_comes(

@@ -11,8 +11,9 @@ from pipeline.errors import StorageError
 from pipeline.garbage import collect_garbage
 from pipeline.leases import hold_lease
 from pipeline.runs import RunRecord, last_identities, list_runs, read_progress, read_run
+from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage
-from pipeline.workflow import read_manifest
+from pipeline.workflow import plan, read_manifest
 
 DAMAGED = [b"", b"\0" * 64, b"\xff", b"{", b"[]", b"{}", b'{"name": "m", "executions": []}']
 
@@ -90,3 +91,30 @@ def test_what_is_no_text_is_damaged_as_what_is_no_json(tmp_path: Path) -> None:
     document = {"live": {"pid": 1}, "directories": {"train": "t"}}
     storage.create("t/progress.json", b"\0\xff" * 32)
     assert read_progress(storage, document) is None
+
+
+def test_a_record_knows_a_run_by_what_it_was_planned_as_last(
+    tmp_path: Path, tiny_config: Path
+) -> None:
+    storage, config = LocalStorage(str(tmp_path)), load_config(tiny_config)
+    steps = make_steps(config, [])
+    longer = make_steps(load_config(tiny_config, ["train.num_steps=900"]), [])
+    RunRecord(storage, "m-1", config, plan(steps, storage)).close("done")
+    RunRecord(storage, "m-1", config, plan(longer, storage)[3:]).close("done")
+    identities = read_run(storage, "m-1")["identities"]
+    assert identities["train"]["settings"]["train.num_steps"] == 900
+    assert identities["preprocess"] == plan(steps, storage)[0].identity  # of which it has no other
+
+
+def test_the_latest_run_is_the_one_that_was_started_last(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    for run, started in (("a", [1, 9]), ("b", [2]), ("c", [3])):
+        document = {
+            "name": "m", "identities": {"train": {"settings": {"run": run}}},
+            "executions": [{"started": time} for time in started],
+        }  # fmt: skip
+        storage.create(f"runs/{run}/run.json", json.dumps(document).encode())
+    assert list_runs(storage) == ["b", "c", "a"]
+    known = last_identities(storage, "m", ["train"])
+    assert known is not None
+    assert known["train"]["settings"]["run"] == "a"
