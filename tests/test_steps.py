@@ -26,7 +26,7 @@ from pipeline.storage import LocalStorage
 from pipeline.subject_kinds import GivenImages, GivenModel, Rescored, Subject
 from pipeline.train import train_in_process
 from pipeline.units import UNIT_VERSION, unit_key
-from pipeline.workflow import Resources, Step
+from pipeline.workflow import Resources, Step, plan
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
@@ -196,3 +196,41 @@ GOLDEN_LOSSES = [0.679362, 0.651339]
 GOLDEN_MEANS = [0.0869361, -0.1757602, -0.0103778, 0.0637329]
 GOLDEN_CLASSIFIER = "52b1aa5cc5f7b078"
 GOLDEN_ORDER = [97, 62, 86, 35, 93, 98, 45, 13]
+
+
+@pytest.mark.parametrize(
+    "override", ["num_steps=9", "batch_size=9", "learning_rate=0.5", "seed=9", "width=5"]
+)
+def test_each_setting_of_a_trained_extractor_makes_another(
+    tiny_config: Path, override: str
+) -> None:
+    def settings(*overrides: str) -> dict[str, Any]:
+        steps = make_steps(load_config(tiny_config, list(overrides)), [])
+        return next(dict(step.settings) for step in steps if step.name == "features")
+
+    assert settings(f"features.{override}") != settings()
+
+
+@pytest.mark.parametrize(("decay", "continues"), [("constant", True), ("cosine", False)])
+def test_a_longer_training_continues_unless_its_rate_ends_elsewhere(
+    tiny_config: Path, tmp_path: Path, decay: str, continues: bool
+) -> None:
+    def series(num_steps: int) -> str:
+        settings = [f"train.learning_rate_decay={decay}", f"train.num_steps={num_steps}"]
+        steps = make_steps(load_config(tiny_config, settings), [])
+        planned = {p.step.name: p for p in plan(steps, LocalStorage(str(tmp_path)))}
+        return planned["train"].series
+
+    assert (series(300) == series(600)) is continues
+
+
+def test_near_copies_of_a_given_model_are_those_among_what_was_trained_on(
+    tiny_config: Path,
+) -> None:
+    def settings(flip: str, subject: Subject) -> dict[str, Any]:
+        config = load_config(tiny_config, [f"train.horizontal_flip={flip}"])
+        steps = make_steps(config, [], subject=subject)
+        return next(dict(step.settings) for step in steps if step.name == "evaluate")
+
+    for subject in (GivenModel("a"), GivenImages(("x",), ())):
+        assert settings("true", subject) != settings("false", subject)

@@ -28,6 +28,7 @@ CONFIG = Config(name="t", data=DataConfig(sources=("x",), resolution=8))
 HERE = "tests.pipeline.test_workflow"
 calls: list[str] = []
 meeting = threading.Barrier(2)
+has_failed = threading.Event()
 
 
 def record(context: StepContext) -> dict[str, Any]:
@@ -197,9 +198,10 @@ def test_steps_that_fit_run_side_by_side(storage: Storage) -> None:
     assert all(p.action == "cached" for p in plan(steps, storage))
 
 
-def test_steps_that_do_not_fit_wait_for_each_other(storage: Storage) -> None:
-    steps = [make_step(name, resources=Resources(cpus=2)) for name in "ab"]
-    events = run(steps, storage, capacity=Resources(cpus=2))
+@pytest.mark.parametrize("each", [Resources(cpus=2), Resources(gpus=1)])
+def test_steps_that_do_not_fit_wait_for_each_other(storage: Storage, each: Resources) -> None:
+    steps = [make_step(name, resources=each) for name in "ab"]
+    events = run(steps, storage, capacity=Resources(cpus=2, gpus=1))
     assert [(e.kind, e.step) for e in events] == [
         ("started", "a"),
         ("finished", "a"),
@@ -233,3 +235,33 @@ def test_a_damaged_artifact_is_noticed(storage: Storage) -> None:
     storage.replace(f"{p.directory}/{manifest['artifacts']['x.txt']['file']}", b"b")
     with pytest.raises(StorageError, match="delete the directory steps/a/"):
         read_artifact(storage, manifest, "x.txt")
+
+
+def wait_for_a_failure(context: StepContext) -> dict[str, Any]:
+    assert has_failed.wait(timeout=10)
+    calls.append(context.planned.step.name)
+    if context.planned.step.settings.get("fails"):
+        raise DataError("so are these. Bring them back.")
+    return {}
+
+
+@pytest.mark.parametrize("settings", [{}, {"fails": True}], ids=["one", "two"])
+def test_after_the_first_failure_nothing_starts_and_that_one_is_raised(
+    storage: Storage, settings: dict[str, Any]
+) -> None:
+    has_failed.clear()
+    one = Resources(cpus=1)
+    steps = [
+        make_step("a", function="fail", resources=one),
+        make_step("b", function="wait_for_a_failure", resources=one, settings=settings),
+        make_step("c", resources=one),
+    ]
+    planned = plan(steps, storage)
+
+    def observe(event: Event) -> None:
+        if event.kind == "failed":
+            has_failed.set()
+
+    with pytest.raises(DataError, match="the images are gone"):
+        execute(planned, CONFIG, storage, capacity=Resources(cpus=2), observer=observe)
+    assert calls == ["b"]
