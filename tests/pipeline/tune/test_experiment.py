@@ -47,6 +47,7 @@ class OneByOne:
         self.calls: list[tuple[int, list[int]]] = []  # trials at most, and rungs
         self.ran: list[tuple[str, int]] = []  # names, and of which call
         self.lose: set[str] = set()  # names of trials that are lost without a word, once
+        self.fail: set[str] = set()  # names of trials that fail
 
     def __call__(
         self, config: Any, storage: Any, inputs: Any, records: Records, source: Source,
@@ -64,7 +65,10 @@ class OneByOne:
                 self.lose.remove(entry.name)
                 continue
             scored = [Rung(step, 32 * step, self.scores(entry), 0.0, 0.0) for step in rungs]
-            records.end(entry, result := Result("finished", scored, 1.0))
+            result = Result("finished", scored, 1.0)
+            if entry.name in self.fail:
+                result = Result("failed", [], 1.0, "the loss was not finite")
+            records.end(entry, result)
             on_end(entry, result)
 
 
@@ -221,3 +225,37 @@ def test_a_search_leaves_no_checkpoints_of_a_node_that_died(
     search(OneByOne(scores=die), "tune.num_trials=2", "tune.stopping=none")
     assert len(set(kept)) == 6
     assert not [path for path in kept if records.storage.exists(path)]
+
+
+def test_the_best_are_trained_again_with_seeds_that_the_search_has_not_seen(
+    search: Callable[..., Any], records: Records, tiny_config: Path
+) -> None:
+    best = OneByOne(scores=lambda entry: float(5 - entry.number))
+    document, _ = search(best, "tune.num_trials=4", "tune.num_finalists=2", "train.seed=3")
+    seeded = [entry for entry in records.entries() if entry.is_seeded]
+    assert [entry.number for entry in seeded] == [0, 0, 2, 2, 3, 3]
+    config = load_config(tiny_config, ["train.seed=3"])
+    seeds = [trial_config(config, entry.overrides).train.seed for entry in seeded]
+    assert seeds == [4, 5] * 3
+    assert document["cost"]["images"] == (4 + 6) * 32 * 90
+
+
+def test_who_fails_with_a_seed_is_neither_best_nor_recommended(
+    search: Callable[..., Any],
+) -> None:
+    runner = OneByOne(scores=lambda entry: 9.0 - 8 * (entry.number == 1))
+    runner.fail = {"0001-seed2"}
+    document, _ = search(runner, "tune.num_trials=2", "tune.num_seeds=3")
+    assert document["verdict"]["kind"] == "not distinguishable"
+    assert document["recommended"] == 0
+    assert {f["number"]: f["failed"] for f in document["finalists"]} == {0: 0, 1: 1}
+
+
+def test_a_config_that_fails_as_it_is_is_not_trained_again(
+    search: Callable[..., Any], records: Records
+) -> None:
+    runner = OneByOne()
+    runner.fail = {"0000"}
+    document, _ = search(runner, "tune.num_trials=2")
+    assert {entry.number for entry in records.entries() if entry.is_seeded} == {1}
+    assert document["verdict"]["kind"] == "unopposed"

@@ -77,6 +77,15 @@ def test_a_longer_training_keeps_the_search(tiny_config: Path, tmp_path: Path) -
     assert key() != key("evaluate.num_steps=5")
     assert key("tune.num_steps=5") == key("evaluate.num_steps=5")
     assert key() != key("evaluate.num_samples=256")  # whose noise the trials' follows
+    for changed in (
+        "eta=0.5",
+        "spacing=leading",
+        "clip_x_start=false",
+        "interval_reference=sample",
+    ):
+        assert key() != key(f"evaluate.{changed}")
+    told = "model.class_conditional=true"
+    assert key(told) != key(told, "evaluate.guidance_scale=3.0")
     bits = "tune.metric=bits_per_dim"
     assert key(bits) != key(bits, "evaluate.clip_x_start=false")
     assert key(bits) != key(bits, "evaluate.seed=1")

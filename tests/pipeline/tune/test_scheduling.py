@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster import Node
 from pipeline.config import load_config
 from pipeline.errors import ClusterError, StorageError
 from pipeline.storage import LocalStorage
 from pipeline.tune import scheduling
 from pipeline.tune.records import Entry, Records, Result, Rung
-from pipeline.tune.scheduling import IMAGES, SCORE, _make_scheduler, _Watcher
+from pipeline.tune.scheduling import IMAGES, SCORE, _make_scheduler, _Watcher, concurrency
 
 RUNGS, BATCH = [10, 30, 90], 16
 SETTINGS = ["train.num_workers=1", "tune.train_steps=90", f"train.global_batch_size={BATCH}"]
@@ -145,3 +146,30 @@ def test_a_search_without_a_place_ends_with_the_reason(
     watched.watcher.errors.clear()
     watched.watcher.look({"0001": "RUNNING"})
     assert watched.watcher.errors == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "at_a_time"),
+    [
+        ([], 5),  # 4 and 1 of a CPU each: 8 // 2, 3 // 2
+        (["train.cpus_per_worker=1"], 11),
+        (["train.num_workers=2"], 2),
+        (["tune.max_concurrent=3"], 3),
+        (["tune.max_concurrent=9"], 5),
+        (["train.num_workers=[1, 9]"], 1),  # as many as it may come to take, and one at least
+    ],
+)
+def test_as_many_trials_at_a_time_as_fit_and_are_wanted(
+    tiny_config: Path, settings: list[str], at_a_time: int
+) -> None:
+    given = [*SETTINGS, "train.cpus_per_worker=2", "train.global_batch_size=144"]
+    config = load_config(tiny_config, [*given, *settings])
+    assert concurrency(config, [Node(cpus=8, gpus=0), Node(cpus=3, gpus=0)]) == at_a_time
+
+
+def test_a_trial_whose_process_died_has_failed(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.watcher.suggest()
+    watched.watcher.end("0001", {}, "its process died: killed")
+    result = watched.records.results()["0001"]
+    assert (result.outcome, result.reason) == ("failed", "its process died: killed")

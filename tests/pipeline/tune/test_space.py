@@ -5,13 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from pipeline.config import load_config, override_config
 from pipeline.errors import ConfigError
 from pipeline.models import make_diffusion
 from pipeline.settings import SpaceConfig
-from pipeline.tune.proposer import MAX_REFUSALS, Proposal, Proposer
+from pipeline.tune.proposer import (
+    EXPLORED_EVERY,
+    MAX_LEARNED,
+    MAX_REFUSALS,
+    Proposal,
+    Proposer,
+)
 from pipeline.tune.space import draw, refusal, to_overrides
 
 LINEAR, OPTIONS = "diffusion.schedule=linear", "diffusion.schedule_options"
@@ -169,3 +176,13 @@ def test_what_spans_sections_is_said_where_a_search_is_wanted(tiny_config: Path)
         load_config(tiny_config, [*few, "tune.enabled=true"])
     for name in ("num_samples", "grace_images", "num_steps"):
         assert f"tune.{name} must" in str(caught.value)
+
+
+def test_what_is_refused_again_and_again_is_left_to_chance() -> None:
+    proposer = Proposer(EVERYTHING, "tpe", 0)
+
+    def is_random(number: int, attempt: int) -> bool:
+        return isinstance(proposer._sampler(number, attempt), optuna.samplers.RandomSampler)
+
+    assert [is_random(1, 0), is_random(1, MAX_LEARNED - 1)] == [False, False]
+    assert [is_random(1, MAX_LEARNED), is_random(EXPLORED_EVERY, 0)] == [True, True]

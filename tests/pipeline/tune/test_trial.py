@@ -116,6 +116,7 @@ def test_a_killed_trial_continues_and_scores_as_if_it_had_not_been(
     run_trial(resolved, storage, inputs, rungs, note)
     assert first_steps == [4]  # rung 6 was scored, and no checkpoint came after it
     assert [rung.step for rung in told] == rungs
+    assert [rung.images_seen for rung in told] == [16 * step for step in rungs]
     assert passed == [True, False, False]
     assert told[:2] == first  # scores that were made are not made again
     assert store.is_finished
