@@ -352,3 +352,13 @@ def test_a_damaged_manifest_of_a_unit_is_named(
     data_set.storage.replace(path, content)
     with pytest.raises(StorageError, match=r"is missing or not what .* delete the directory"):
         read_units(data_set.storage, [shard], data_set.data)
+
+
+def test_twins_without_a_label_count_once(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    for name in ("a", "b"):
+        data_set.add(f"{name}.tar", [(f"{name}{k}.png", make_png(k)) for k in range(20)])
+    document = data_set.document(drop_duplicates=True)
+    assert sum(document["counts"].values()) == 20
+    assert document["unlabelled"] == document["counts"]

@@ -396,3 +396,32 @@ def test_an_index_that_is_gone_is_named(of_tars: World) -> None:
     of_tars.add_tar("x.tar", honest, 100)
     with pytest.raises(StorageError, match=r"index.* is missing or not what its manifest says"):
         of_tars.screen()
+
+
+def test_of_what_was_let_in_untested_only_what_was_all_looked_at_is_done_with(
+    of_tars: World,
+) -> None:
+    first = of_tars.seed
+    of_tars.add_tar("a.tar", honest, FEW)
+    assert of_tars.screen() == ([], ["a.tar"])
+    of_tars.promote()
+    some = [(f"{k:05d}.png", honest(k)) for k in range(first, first + 10)]
+    of_tars.make_tar(of_tars.input / "a.tar", some)  # the others are gone
+    of_tars.add_tar("b.tar", honest, FEW)
+    assert of_tars.screen() == ([], [])
+    assert "with 10 let in untested before" in of_tars.notes[-1]
+    assert of_tars.states() == {"a.tar": "unjudged"}
+
+
+def test_a_shard_of_many_is_tested_without_what_was_let_in_before(of_tars: World) -> None:
+    of_tars.add_tar("a.tar", noise, FEW)
+    assert of_tars.screen() == ([], ["a.tar"])
+    of_tars.promote()
+    of_tars.add_tar("b.tar", honest, 100)
+    assert of_tars.screen() == ([], [])
+    assert of_tars.notes[-1].startswith("b.tar passes: 100 of its items are ")
+
+
+def test_twins_of_an_item_make_no_shard_large_enough_to_be_tested(of_tars: World) -> None:
+    of_tars.add_tar("x.tar", lambda seed: noise(seed % 20), 40)
+    assert of_tars.screen("data.drop_duplicates=true") == ([], ["x.tar"])

@@ -13,7 +13,7 @@ from pipeline.errors import DataError, EvaluationError
 from pipeline.extractors.classifier import check_labels, count_classes
 from pipeline.extractors.self_supervised import train_self_supervised
 from pipeline.extractors.small import SmallNetwork
-from pipeline.extractors.training import check_accuracy, measure_accuracy
+from pipeline.extractors.training import check_accuracy, draw_ids, measure_accuracy, train_network
 from pipeline.settings import DataConfig, FeaturesConfig
 from pipeline.storage import LocalStorage
 
@@ -101,3 +101,34 @@ def test_a_classifier_needs_labels(labels: dict[str, int], unlabelled: int) -> N
     with pytest.raises(DataError, match=r"set features\.extractor = 'self_supervised'"):
         check_labels(data)
     check_labels({"metrics": {"labels": {"0": 4, "1": 4}, "unlabelled": 0}})
+
+
+class Some:
+    """As many items, in two shards; they are not read."""
+
+    counts = (40, 24)
+
+    def __len__(self) -> int:
+        return 64
+
+    def prefetch(self, uses: Any) -> None: ...
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_each_step_learns_from_the_images_that_come_next(window: int | None) -> None:
+    items: Any = Some()
+    config = FeaturesConfig(num_steps=4, batch_size=16)
+    ids = list(draw_ids(config, items, window, 16))
+    assert sorted(np.concatenate(ids).tolist()) == list(range(64))
+    other = list(draw_ids(config.model_copy(update={"seed": 1}), items, window, 16))
+    assert np.concatenate(other).tolist() != np.concatenate(ids).tolist()
+
+
+def test_another_seed_begins_with_other_weights() -> None:
+    def first_weight(seed: int) -> torch.Tensor:
+        config = FeaturesConfig(width=4, num_steps=1, seed=seed)
+        network = train_network("x", config, 1, 3, iter(()))
+        return next(network.parameters())
+
+    assert torch.equal(first_weight(1), first_weight(1))
+    assert not torch.equal(first_weight(1), first_weight(2))
