@@ -360,3 +360,12 @@ def test_a_verdict_is_of_the_champion_of_the_moment(
     assert verdict["promoted"]
     assert "against 20.00 of version 2" in verdict["reason"]
     assert [p["version"] for p in registry.promotions()] == [1, 2, 3]
+
+
+def test_what_was_replaced_and_not_rolled_back_is_judged_by_its_score(ask: Any) -> None:
+    run, _ = ask
+    assert run(made(10.0, "a"))["promoted"]
+    assert run(made(9.0, "b"))["promoted"]
+    again = run(made(10.0, "a"))
+    assert not again["promoted"]
+    assert "is 10.00 against 9.00 of version 2: not lower" in again["reason"]

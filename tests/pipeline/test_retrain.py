@@ -22,7 +22,7 @@ from pipeline.lots import Lot
 from pipeline.pinning import describe
 from pipeline.protocol import make_protocol, sampling_protocol
 from pipeline.registry import Registry
-from pipeline.retrain import Cycle, retrain
+from pipeline.retrain import Cycle, cycle_key, retrain
 from pipeline.scores.drift import Drift
 from pipeline.settings import Config
 from pipeline.sources import FILES_PER_BUCKET, InputShard, list_inputs
@@ -546,3 +546,15 @@ def test_the_command_line_tells_refusals_by_the_exit_code(
     absent = call_cli("accept-reference", "other", "--root", str(model.root), cwd=tmp_path)
     assert absent.returncode == 2
     assert "There is no model 'other' below" in absent.stderr
+
+
+def test_a_cycle_is_another_by_what_was_taken_in_of_its_input_alone(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config)
+    shards = list_inputs(config.data, LocalStorage(str(tmp_path / "root"))).shards
+    sha256 = shards[0].sha256
+    assert sha256 is not None
+    plain = cycle_key(config, shards, set(), 1)
+    assert cycle_key(config, shards, {"of a shard that is gone"}, 1) == plain
+    assert cycle_key(config, shards, {sha256}, 1) != plain

@@ -14,13 +14,13 @@ from pipeline.checkpoints import Checkpoint, CheckpointStore, to_safetensors
 from pipeline.config import load_config
 from pipeline.driver import Basis, make_plan
 from pipeline.errors import ConfigError, StorageError
-from pipeline.lineage import find_parent
+from pipeline.lineage import find_parent, is_made_by
 from pipeline.models import make_unet
 from pipeline.settings import Config
 from pipeline.steps import Start
 from pipeline.storage import LocalStorage
 from pipeline.train import _start_of, train_in_process
-from pipeline.workflow import StepContext
+from pipeline.workflow import StepContext, hash_json
 
 
 class Trainings:
@@ -110,9 +110,19 @@ def test_the_parent_is_whose_weights_it_began_with_unless_it_continues_another()
         return {"number": number, "lineage": {"train": train}, "checkpoint": checkpoint}
 
     versions = [version(1, "a", "s", 100), version(2, "a", "s", 100), version(3, "b", "t", 50)]
+    versions.append(version(4, "c", "t", 20))
     warm = {"series": "u", "global_step": 10}
     assert find_parent(warm, versions) is None
     assert find_parent(warm, versions, "a") == 2  # scored twice
     assert find_parent(warm, versions, "gone") is None
     longer = {"series": "t", "global_step": 60}
-    assert find_parent(longer, versions, "a") == 3
+    assert find_parent(longer, versions, "a") == 3  # the longest before it
+
+
+def test_a_version_is_of_the_run_that_trained_and_scored_it() -> None:
+    identities = {"train": {"settings": 1}, "evaluate": {"settings": 2}}
+    made = {"lineage": {step: hash_json(identity) for step, identity in identities.items()}}
+    assert is_made_by(made, identities)
+    for step in identities:  # trained alike and scored otherwise, or the other way round
+        assert not is_made_by(made, identities | {step: {"settings": 3}})
+        assert not is_made_by(made, {step: identities[step]})
