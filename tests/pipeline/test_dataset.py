@@ -362,3 +362,11 @@ def test_twins_without_a_label_count_once(
     document = data_set.document(drop_duplicates=True)
     assert sum(document["counts"].values()) == 20
     assert document["unlabelled"] == document["counts"]
+
+
+def test_where_nothing_may_be_bad_what_has_nothing_bad_is_used(
+    data_set: DataSet, make_png: Callable[..., bytes]
+) -> None:
+    data_set.add("a.tar", labelled(make_png, range(20)))
+    document = data_set.document(max_bad_fraction=0.0)
+    check_document(document, data_set.data, "/ledger.jsonl")

@@ -115,6 +115,8 @@ def test_few_are_refused_unless_they_are_allowed(tiny_config: Path) -> None:
         check_counts(allowed, counts, num_samples=1)
     with pytest.raises(DataError, match=r"as many training images as there are samples, 901,"):
         check_counts(allowed, counts, num_samples=901)
+    check_counts(allowed, counts, num_samples=900)
+    check_counts(load_config(tiny_config), counts | {"test": 40}, num_samples=40)
     with pytest.raises(DataError, match="in 64 features needs 640 samples, and there are 128"):
         check_counts(load_config(tiny_config), counts | {"test": 999}, num_features=64)
 
