@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from pipeline import train as pipeline_train
 from pipeline.batches import BatchMaker
+from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
 from pipeline.errors import DataError, StorageError
 from pipeline.models import make_unet
@@ -23,7 +25,14 @@ from pipeline.settings import Config
 from pipeline.steps import make_steps
 from pipeline.storage import LocalStorage, Storage
 from pipeline.torchrun import torchrun_world
-from pipeline.train import _begin, _tell_progress, most_groups, train, train_in_process
+from pipeline.train import (
+    _begin,
+    _tell_progress,
+    _write_result,
+    most_groups,
+    train,
+    train_in_process,
+)
 from pipeline.workflow import Event, StepContext, plan
 
 
@@ -189,3 +198,22 @@ def test_training_begins_with_the_weights_of_its_seed(tiny_config: Path, tmp_pat
     config, storage = load_config(tiny_config, ["train.seed=5"]), LocalStorage(str(tmp_path))
     begun, expected = _begin(config, storage, None, None), make_unet(config, 5)
     assert torch.equal(begun.init_conv.weight, expected.init_conv.weight)
+
+
+def test_the_result_is_what_the_last_checkpoint_holds(tiny_config: Path, tmp_path: Path) -> None:
+    config, storage = load_config(tiny_config, ["train.num_steps=8"]), LocalStorage(str(tmp_path))
+    planned = {p.step.name: p for p in plan(make_steps(config, []), storage)}
+    inputs: dict[str, Any] = {"preprocess": {}}
+    context = StepContext(config, storage, planned["train"], inputs, lambda event: None)
+    rows = [{"images_seen": 32 * step, "loss": 1 / step} for step in (4, 8)]
+    average = {"w": torch.ones(3, 2)}
+    environments = [{"world_size": 1}, {"world_size": 2}]
+    CheckpointStore(storage, context.series_directory).save(
+        Checkpoint(8, {"w": torch.zeros(3, 2)}, average, {}, rows, environments=environments)
+    )
+    found = _write_result(context, None)
+    names = ("images_seen", "loss", "num_workers", "num_parameters")
+    assert [found[name] for name in names] == [256, 1 / 8, 2, 6]
+    file = context.artifacts["ema.safetensors"]["file"]
+    weights = safetensors.torch.load(storage.read(f"{context.directory}/{file}"))
+    assert torch.equal(weights["w"], average["w"])

@@ -145,3 +145,15 @@ def test_a_killed_trial_continues_and_scores_as_if_it_had_not_been(
     whole: list[Rung] = []
     run_trial(resolved, storage, inputs, rungs, lambda rung, passed: whole.append(rung))
     assert [rung.value for rung in whole] == [rung.value for rung in told]
+
+
+def test_a_trial_has_the_time_and_the_sampler_of_the_search_and_shows_nothing(
+    tiny_config: Path,
+) -> None:
+    every = ("keep_every", "validate_every", "sample_every", "fid_every")
+    shown = [f"train.{name}=5" for name in every]
+    config = load_config(tiny_config, [*SETTINGS, *shown, "tune.num_steps=3"])
+    resolved = trial_config(config, ["train.learning_rate=0.5"])
+    assert (resolved.train.num_steps, resolved.train.learning_rate) == (18, 0.5)
+    assert [getattr(resolved.train, name) for name in every] == [None] * 4
+    assert resolved.evaluate.num_steps == 3
