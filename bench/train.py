@@ -123,6 +123,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "images_per_s": medians,
         "all_images_per_s": speeds,
         "shares_under_ray": shares,
+        "all_shares_under_ray": [
+            {name: round(share, 5) for name, share in part.items()} for part in parts
+        ],
     }
 
 
