@@ -354,7 +354,7 @@ def link_data_set(config: Config, short: Config) -> bool:
     try:
         preprocess = make_plan(config, ("preprocess",), read_remote=False).steps[0]
         manifest = read_manifest(storage, "preprocess", preprocess.key)
-        if manifest is None:
+        if manifest is None or preprocess.action != "cached":  # or shards of it are gone
             return False
         shards = json.loads(read_artifact(storage, manifest, "dataset.json"))["shards"]
     except StorageError:  # damaged: it is made anew

@@ -64,22 +64,26 @@ def test_a_data_set_that_is_preprocessed_is_linked_to(tiny_config: Path, tmp_pat
     assert not (tmp_path / "runs").exists()
 
     storage = LocalStorage(str(tmp_path / "runs"))
-    storage.create("steps/shard/u/train.arrow", b"items")
+    planned = make_plan(config).steps[0]
+    for part in planned.step.parts[1:]:
+        storage.create(f"{part}/train.arrow", b"items")
     assert not link_data_set(config, short)
     assert not (tmp_path / "scratch").exists()
 
-    text = json.dumps({"shards": [{"directory": "steps/shard/u"}]}).encode()
-    key = make_plan(config).steps[0].key
+    key, parts = planned.key, planned.step.parts
+    text = json.dumps({"shards": [{"directory": part} for part in parts]}).encode()
     artifact = {"file": "d.json", "sha256": hashlib.sha256(text).hexdigest()}
     manifest = {"step": "preprocess", "key": key, "artifacts": {"dataset.json": artifact}}
     storage.create(f"steps/preprocess/{key}/d.json", text)
     storage.create(f"steps/preprocess/{key}/manifest.json", json.dumps(manifest).encode())
+    assert not link_data_set(config, short)  # one of its shards is gone
+    storage.create(f"{parts[0]}/train.arrow", b"items")
     assert link_data_set(config, short)
     assert make_plan(short).steps[0].action == "cached"
     linked = LocalStorage(str(tmp_path / "scratch"))
-    assert linked.read("steps/shard/u/train.arrow") == b"items"
+    assert linked.read(f"{parts[0]}/train.arrow") == b"items"
     linked.delete("steps")
-    assert storage.read("steps/shard/u/train.arrow") == b"items"
+    assert storage.read(f"{parts[0]}/train.arrow") == b"items"
 
 
 def test_the_root_comes_back_though_a_writer_has_made_directories_meanwhile(
