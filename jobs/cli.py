@@ -41,7 +41,7 @@ from pipeline.steps import STEP_NAMES
 from pipeline.storage import open_storage
 from pipeline.subject_kinds import Subject, find_subject
 from pipeline.targets import find_run
-from pipeline.torchrun import dismiss, torchrun_world
+from pipeline.torchrun import dismiss, sigterm_awaits_checkpoint, torchrun_world
 
 UNDER_TORCHRUN = (("preprocess",), ("train",))
 
@@ -90,13 +90,15 @@ def train(
     """Train, and do what training needs. Under torchrun it trains without Ray."""
     if (world := torchrun_world()) is None:
         _run_steps(config, set_, as_json, no_wait, ("train",))
-    elif world.rank == 0:
-        try:
-            _run_steps(config, set_, as_json, no_wait, ("train",))
-        finally:
-            dismiss()
-    else:
-        with errors_to_exit_codes(as_json):
+        return
+    with sigterm_awaits_checkpoint():
+        if world.rank == 0:
+            try:
+                _run_steps(config, set_, as_json, no_wait, ("train",))
+            finally:
+                dismiss()
+            return
+        with errors_to_exit_codes(as_json, on_interrupt=None):  # rank 0 speaks
             from pipeline.train import train_under_torchrun
 
             train_under_torchrun(world)

@@ -16,7 +16,7 @@ KEPT = "Interrupted. Finished steps and checkpoints are kept; the same command c
 
 
 @contextlib.contextmanager
-def errors_to_exit_codes(as_json: bool, on_interrupt: str = KEPT) -> Iterator[None]:
+def errors_to_exit_codes(as_json: bool, on_interrupt: str | None = KEPT) -> Iterator[None]:
     """The one place where errors become sentences and exit codes."""
     try:
         yield
@@ -26,7 +26,8 @@ def errors_to_exit_codes(as_json: bool, on_interrupt: str = KEPT) -> Iterator[No
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
-        typer.echo(on_interrupt, err=True)
+        if on_interrupt is not None:
+            typer.echo(on_interrupt, err=True)
         sys.stdout.flush()
         end_own_ray()
         os._exit(INTERRUPTED_EXIT_CODE)  # threads of running steps must not hold us up

@@ -50,6 +50,8 @@ class Hooks:
             after it. All ranks must get the same answer.
         wants_checkpoint: on every rank equally often, every few seconds: whether this process is
             about to be ended. A checkpoint is made when it first says so.
+        is_told_to_end: on every rank equally often, every few seconds: whether this process was
+            told to end. Where one was, all ranks make a checkpoint and end before the last step.
     """
 
     on_row: Callable[[Row, int], None] = lambda row, first_step: None
@@ -57,6 +59,7 @@ class Hooks:
     on_fid: Callable[[int, nn.Module], None] = lambda step, model: None
     goes_on: Callable[[int], bool] = lambda step: True
     wants_checkpoint: Callable[[], bool] = lambda: False
+    is_told_to_end: Callable[[], bool] | None = None
 
 
 def train_loop(
@@ -92,7 +95,8 @@ def train_loop(
         hooks: told and asked on the way.
 
     Returns:
-        The rows of metrics, one for `config.log_every` steps.
+        The rows of metrics, one for `config.log_every` steps; the last is of an earlier step than
+        `config.num_steps` where a hook ended the training.
 
     Raises:
         ConfigError: there are more ranks than can share a batch.
@@ -374,7 +378,7 @@ class _Training:
         if self.rank == 0 and _is_due(config.fid_every, done):
             self.hooks.on_fid(done, self.learner.ema.model)
         if _is_due(config.fid_every, done):
-            self.is_ended = not self.hooks.goes_on(done)
+            self.is_ended = self.is_ended or not self.hooks.goes_on(done)
         self.watch.mark("callbacks")
         validates = _is_due(config.validate_every, done) and self.validation is not None
         # A checkpoint closes a row, so that a resumed history goes on alike.
@@ -411,8 +415,20 @@ class _Training:
         """Asks, now and then, whether a checkpoint is wanted at once; once is enough."""
         if self.step % self.ask_every:
             return False
+        if self._is_told_to_end():
+            self.is_ended = True
+            return True
         was_asked, self.is_asked_to_save = self.is_asked_to_save, self.hooks.wants_checkpoint()
         return self.is_asked_to_save and not was_asked
+
+    def _is_told_to_end(self) -> bool:
+        """Whether some rank is, of which the others need not know."""
+        if self.hooks.is_told_to_end is None:
+            return False
+        is_told = torch.tensor(int(self.hooks.is_told_to_end()), device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(is_told, dist.ReduceOp.MAX)
+        return bool(is_told)
 
     def _save(self) -> None:
         if self.num_saved:  # the one before is whole by now, or an error

@@ -7,9 +7,13 @@ others wait until it trains, run the loop with it, and leave. They meet at torch
 Nothing here imports torch until it is used: every command asks whether torchrun started it.
 """
 
+import contextlib
 import json
 import os
+import signal
 import socket
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +22,7 @@ from pipeline.errors import ClusterError
 
 LONGEST_WAIT = timedelta(days=7)  # of the other ranks, for what comes before training
 _KEY = "raydiffusion/settings"
+_trains, _is_told = threading.Event(), threading.Event()  # what this process's SIGTERM does
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,38 @@ def torchrun_world() -> World | None:
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
     return World(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def sigterm_awaits_checkpoint() -> Iterator[None]:
+    """Has SIGTERM, by which torchrun ends its ranks, wait for a checkpoint while the loop runs.
+
+    For the main thread, around all that a rank does: before training and after it, SIGTERM ends the
+    process as ever. Where a Ray was started in between, its handler takes this one's place.
+    """
+
+    def on_signal(number: int, frame: Any) -> None:
+        if _trains.is_set():
+            _is_told.set()
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def training_is_told() -> Iterator[Callable[[], bool]]:
+    """While the block runs SIGTERM ends nothing; yields what says whether there was one."""
+    _trains.set()
+    try:
+        yield _is_told.is_set
+    finally:
+        _trains.clear()
 
 
 def check_gpus(world: World) -> None:

@@ -40,6 +40,7 @@ from pipeline.torchrun import (
     check_gpus,
     open_store,
     torchrun_world,
+    training_is_told,
 )
 from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
 from pipeline.workflow import StepContext, read_artifact, read_manifest
@@ -247,6 +248,7 @@ def train_under_torchrun(world: World) -> None:
 
     Raises:
         RaydiffusionError: as on rank 0, which tells it.
+        SystemExit: a rank was told to end, and there is a checkpoint to go on from.
     """
     if (settings := await_settings()) is not None:
         _fit_under_torchrun(settings, world)
@@ -266,8 +268,11 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
     if config.use_gpu:
         ranks["device_id"] = device  # which NCCL would else have to guess
     store = open_store(timedelta(seconds=config.group_timeout_s))
-    with process_group(config, backend, store=store, **ranks):
-        _train_rank(settings, world.rank, world.world_size, device, lambda: False)
+    with training_is_told() as is_told, process_group(config, backend, store=store, **ranks):
+        told = {"wants_checkpoint": lambda: False, "is_told_to_end": is_told}
+        rows = _train_rank(settings, world.rank, world.world_size, device, **told)
+    if not rows or rows[-1]["global_step"] < config.num_steps:
+        raise SystemExit  # as SIGTERM does where there is Ray
 
 
 def _train_rank(
@@ -276,20 +281,26 @@ def _train_rank(
     world_size: int,
     device: Any,
     wants_checkpoint: Callable[[], bool],
-) -> None:
+    is_told_to_end: Callable[[], bool] | None = None,
+) -> list[Row]:
     config = Config.model_validate_json(settings["config"])
     storage = open_storage(settings["storage"])
     views = TrainingViews(config, storage, settings["directory"], settings["started"])
     on_row = views.on_row
     if path := settings["trace"]:
         on_row = trace.trace_rank(path, on_row, rank=rank, world_size=world_size)
-    hooks = Hooks(on_row, views.on_samples, wants_checkpoint=wants_checkpoint)
+    hooks = Hooks(
+        on_row,
+        views.on_samples,
+        wants_checkpoint=wants_checkpoint,
+        is_told_to_end=is_told_to_end,
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(views))
         if rank == 0 and (directory := settings["fid_directory"]) is not None:
             handover = stack.enter_context(contextlib.closing(WeightsHandover(storage, directory)))
             hooks = replace(hooks, on_fid=handover.hand_over)
-        train_in_process(
+        return train_in_process(
             config,
             storage,
             settings["directory"],

@@ -252,6 +252,7 @@ def execute(
 
     Raises:
         RaydiffusionError: a step's own.
+        SystemExit: a step was told to end.
     """
     manifests = dict(known or {})
     waiting = [p for p in planned if p.step.name not in manifests]
@@ -275,9 +276,10 @@ def execute(
                 error = future.exception()
                 if error is None:
                     manifests[p.step.name] = future.result()
-                else:
+                    continue
+                if not isinstance(error, SystemExit):  # told to end
                     observer(Event("failed", p.step.name, {"error": str(error)}))
-                    failure = failure or error
+                failure = failure or error
     finally:
         # Interrupted, the threads of running steps end with the process; nobody waits for them.
         pool.shutdown(wait=not running, cancel_futures=True)

@@ -21,6 +21,7 @@ from pipeline.config import load_config
 from pipeline.convert import preprocess_shard
 from pipeline.driver import Plan, make_plan, run_config
 from pipeline.loop import Hooks
+from pipeline.runs import list_runs, read_run
 from pipeline.settings import Config
 from pipeline.sources import list_inputs
 from pipeline.torchrun import dismiss
@@ -36,7 +37,7 @@ def torchrun(
     *settings: str,
     restarts: int = 0,
     env: Mapping[str, str] | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[subprocess.Popen[str]], None] = lambda process: None,
 ) -> subprocess.CompletedProcess[str]:
     """What `torchrun --nproc-per-node 2 -m jobs train CONFIG` printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -52,7 +53,7 @@ def torchrun(
         start_new_session=True,
     )
     try:
-        meanwhile()
+        meanwhile(process)
         out, _ = process.communicate(timeout=300)  # for what takes half a minute
     finally:
         if process.poll() is None:
@@ -137,7 +138,7 @@ def test_a_run_that_torchrun_restarts_ends_as_one_that_was_not_killed(
     shutil.copytree(tiny_config.parent / "runs", tiny_config.parent / "killed")
     reader = TraceReader(tiny_config.parent / "trace")
 
-    def kill() -> None:
+    def kill(process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 200
         while not any(row["global_step"] >= 50 for row in reader.rows):
             assert time.monotonic() < deadline
@@ -166,6 +167,35 @@ def test_a_run_that_torchrun_restarts_ends_as_one_that_was_not_killed(
         directory = step_of(planned, "train").series_directory
         ends.append(CheckpointStore(planned.storage, directory).load(200))
     assert_same_to_the_bit(*ends)
+
+
+@pytest.mark.slow
+def test_a_signal_costs_no_step(config: Config, tiny_config: Path) -> None:
+    """SIGTERM to torchrun, as of a machine that is about to be taken away."""
+    settings = ["train.num_steps=1000000", "train.checkpoint_every=1000000", "train.log_every=2"]
+    run_config(plan_of(tiny_config)[1], ("preprocess",), observer=lambda event: None)
+    reader = TraceReader(tiny_config.parent / "trace")
+
+    def tell(process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 200
+        while not any(row["global_step"] >= 50 for row in reader.rows):
+            assert time.monotonic() < deadline
+            reader.read()
+            time.sleep(0.005)
+        process.terminate()
+
+    trace = {"RAYDIFFUSION_TRACE": str(tiny_config.parent / "trace")}
+    done = torchrun(tiny_config, *settings, env=trace, meanwhile=tell)
+    assert done.returncode != 0
+    assert done.stdout.count("Interrupted. Finished steps and checkpoints are kept") == 1
+    assert "failed:" not in done.stdout
+    planned, _ = plan_of(tiny_config, *settings)
+    record = read_run(planned.storage, list_runs(planned.storage)[-1])
+    assert record["executions"][-1]["outcome"] == "interrupted"
+    directory = step_of(planned, "train").series_directory
+    (step,) = CheckpointStore(planned.storage, directory).steps()
+    reader.read()
+    assert step == max(row["global_step"] for row in reader.rows) >= 50
 
 
 def test_the_documented_way_in_one_process_trains(

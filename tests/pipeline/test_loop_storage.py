@@ -1,5 +1,6 @@
 """The loop while its storage is away, full, or about to be: what is lost, and what is said."""
 
+import itertools
 import json
 import os
 import shutil
@@ -182,6 +183,19 @@ def test_a_notice_that_the_node_goes_makes_a_checkpoint_at_once(
     store = train("x", Hooks(on_row=lambda row, first_step: first_steps.append(first_step)))
     assert set(first_steps) == {3}
     done = load(store)
+    assert [row["global_step"] for row in done.history] == [3, 4, 8, 12, 16, 20, 24]
+    assert equal(done.model, whole.model)
+    assert equal(done.optimizer, whole.optimizer)
+
+
+def test_who_is_told_to_end_does_so_with_a_checkpoint(
+    train: Callable[..., CheckpointStore],
+) -> None:
+    whole = load(train("whole"))
+    asked = itertools.count(1)
+    store = train("x", Hooks(is_told_to_end=lambda: next(asked) >= 3))  # in the middle of a row
+    assert store.steps() == [3]
+    done = load(train("x", Hooks(is_told_to_end=lambda: False)))
     assert [row["global_step"] for row in done.history] == [3, 4, 8, 12, 16, 20, 24]
     assert equal(done.model, whole.model)
     assert equal(done.optimizer, whole.optimizer)

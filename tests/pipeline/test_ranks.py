@@ -3,6 +3,7 @@
 Three, for with two the order of a sum cannot show.
 """
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -23,6 +24,7 @@ from pipeline.batches import BatchMaker
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
 from pipeline.dataset import open_split
+from pipeline.loop import Hooks
 from pipeline.models import make_diffusion, make_unet
 from pipeline.replica import Replica
 from pipeline.settings import Config
@@ -31,7 +33,7 @@ from pipeline.train import process_group, train_in_process
 from pipeline.validation import validation_loss
 
 from ..conftest import DIGITS, TINY
-from .test_loop import STEPS, assert_same_to_the_bit, load, poisoned, settings_of
+from .test_loop import STEPS, assert_same_to_the_bit, equal, load, poisoned, settings_of
 
 TWELVE = ["train.num_steps=12", "train.checkpoint_every=4", "train.global_batch_size=64"]
 EVERYTHING = [
@@ -59,6 +61,7 @@ class Job:
         poison: a rank and a batch, and what the noise of both is.
         more_threads: a rank that has one thread more.
         cannot_compile: a rank, and the pass of its compiled network that fails.
+        told_to_end: a rank, and how often it is asked before it says so.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Job:
     poison: tuple[int, int, float] | None = None
     more_threads: int | None = None
     cannot_compile: tuple[int, str] | None = None
+    told_to_end: tuple[int, int] | None = None
 
 
 class Root:
@@ -136,6 +140,7 @@ def run_rank(
     """One rank; rank 0 tells the buckets of gradients averaged by each, and what each was told."""
     buckets = {job.name: 0 for job in jobs}
     average, make, name = Replica._average, BatchMaker.make, ""
+    ended: list[int] = []
     compiler, warnings = torch.compile, ListHandler()
     logging.getLogger("pipeline").addHandler(warnings)
 
@@ -158,17 +163,25 @@ def run_rank(
                 torch.compile = pretended_compiler(how if who == rank else None)
             storage = LocalStorage(root)
             ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
-            train_in_process(changed, storage, job.name, job.data, **ranks)
+            if job.told_to_end is not None:
+                ranks["hooks"] = told_after(*job.told_to_end, rank)
+            rows = train_in_process(changed, storage, job.name, job.data, **ranks)
+            ended.append(rows[-1]["global_step"])
             BatchMaker.make, torch.compile = make, compiler
             dist.barrier()
         everyone: list[Any] = [None] * world_size
         loss = measure(config, root, images, rank, world_size)
-        dist.all_gather_object(everyone, (buckets, loss, warnings.texts))
+        dist.all_gather_object(everyone, (buckets, loss, warnings.texts, ended))
     if rank == 0:
-        told = dict(
-            zip(("buckets", "losses", "warnings"), zip(*everyone, strict=True), strict=True)
-        )
+        names = ("buckets", "losses", "warnings", "ended")
+        told = dict(zip(names, zip(*everyone, strict=True), strict=True))
         Path(root, "told.json").write_text(json.dumps(told))
+
+
+def told_after(told_rank: int, num_asked: int, rank: int) -> Hooks:
+    """Hooks that have one rank say that it is told to end, when it was asked so often."""
+    asked = itertools.count(1)
+    return Hooks(is_told_to_end=lambda: next(asked) == num_asked and rank == told_rank)
 
 
 class ListHandler(logging.Handler):
@@ -228,6 +241,7 @@ def told(root: Root) -> dict[str, Any]:
     """What two ranks tell after all their jobs."""
     plain, images = root.config("model.dropout=0.1"), root.images
     parts = {"global_batch_size": 64, "accumulation_steps": 2, "num_steps": 6}
+    few = {"num_steps": 10, "checkpoint_every": 10, "log_every": 10}
     jobs = [
         Job("moved", settings_of(root.config(), num_steps=16), images),
         Job("threads", settings_of(plain, num_steps=2), images, more_threads=1),
@@ -235,6 +249,9 @@ def told(root: Root) -> dict[str, Any]:
         Job("too large", plain, images, poison=(1, 13, 1e25)),
         Job("parts", settings_of(root.config(), **parts), images),
         Job("validated", settings_of(plain, validate_every=8), images),
+        Job("untold", settings_of(plain, **few), images),
+        Job("told to end", settings_of(plain, **few), images, told_to_end=(1, 5)),
+        Job("told to end", settings_of(plain, **few), images),
     ]
     return root.run_ranks(2, jobs)
 
@@ -307,6 +324,14 @@ def test_what_differs_between_ranks_is_a_list(root: Root, told: dict[str, Any]) 
     (environment,) = load(root.store("threads"), 2).environments
     assert (environment["world_size"], environment["threads"]) == (2, [1, 2])
     assert environment["torch"] == torch.__version__
+
+
+def test_ranks_end_together_when_one_is_told_to(root: Root, told: dict[str, Any]) -> None:
+    assert [ended[-3:] for ended in told["ended"]] == [[10, 5, 10]] * 2
+    assert root.store("told to end").steps() == [5, 10]
+    stopped, whole = (load(root.store(name), 10) for name in ("told to end", "untold"))
+    assert equal(stopped.model, whole.model)
+    assert equal(stopped.optimizer, whole.optimizer)
 
 
 @pytest.mark.parametrize("name", ["not finite", "too large"])
