@@ -12,6 +12,7 @@ within their spread says nothing. The last line is one JSON object.
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -131,7 +132,8 @@ def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[di
         images = round(recipe.images / relative_flops(recipe, recipe.variants[name]))
         if any((row["name"], row["seed"], row["images"]) == (name, seed, images) for row in rows):
             continue
-        with ProcessPoolExecutor(1) as process:  # each begins with a fresh memory
+        # Each begins with a fresh memory, and not with locks that threads of Ray held.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             samples = process.submit(draw, work, recipe, name, seed, images, threads).result()
         fid = frechet_distance(real, sum_features(extract(extractor, samples)))
         rows.append({"name": name, "seed": seed, "images": images, "fid": round(fid, 3)})
