@@ -90,14 +90,13 @@ def train(
     """Train, and do what training needs. Under torchrun it trains without Ray."""
     if (world := torchrun_world()) is None:
         _run_steps(config, set_, as_json, no_wait, ("train",))
-        return
-    with sigterm_awaits_checkpoint():
-        if world.rank == 0:
-            try:
+    elif world.rank == 0:
+        try:
+            with sigterm_awaits_checkpoint():
                 _run_steps(config, set_, as_json, no_wait, ("train",))
-            finally:
-                dismiss()
-            return
+        finally:
+            dismiss()
+    else:
         with errors_to_exit_codes(as_json, on_interrupt=None):  # rank 0 speaks
             from pipeline.train import train_under_torchrun
 

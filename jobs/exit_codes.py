@@ -17,7 +17,12 @@ KEPT = "Interrupted. Finished steps and checkpoints are kept; the same command c
 
 @contextlib.contextmanager
 def errors_to_exit_codes(as_json: bool, on_interrupt: str | None = KEPT) -> Iterator[None]:
-    """The one place where errors become sentences and exit codes."""
+    """The one place where errors become sentences and exit codes.
+
+    Args:
+        as_json: whether an error is printed as JSON too.
+        on_interrupt: what is said when the process was told to end; None: nothing.
+    """
     try:
         yield
     except RaydiffusionError as error:
@@ -25,7 +30,7 @@ def errors_to_exit_codes(as_json: bool, on_interrupt: str | None = KEPT) -> Iter
             print_json({"error": str(error), "exit_code": error.exit_code})
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from error
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM where it is handled
         if on_interrupt is not None:
             typer.echo(on_interrupt, err=True)
         sys.stdout.flush()

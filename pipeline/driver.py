@@ -223,6 +223,7 @@ def run_config(
 
     Raises:
         RaydiffusionError: with the sentence for the user and the exit code.
+        SystemExit: the process was told to end; what is done is kept.
     """
     is_scored = not set(targets) <= {"preprocess", "train"}
     if is_scored and config.data.is_sequence and not config.features.is_own:
@@ -291,7 +292,7 @@ def run_config(
                     on_plan(planned)
                 go_through(planned.steps)
             outcome = "done"
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM as Ray handles it
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM where it is handled
             outcome = "interrupted"
             raise
         finally:

@@ -51,7 +51,8 @@ class Hooks:
         wants_checkpoint: on every rank equally often, every few seconds: whether this process is
             about to be ended. A checkpoint is made when it first says so.
         is_told_to_end: on every rank equally often, every few seconds: whether this process was
-            told to end. Where one was, all ranks make a checkpoint and end before the last step.
+            told to end. Where one was, all ranks make a checkpoint and end before the last step;
+            without one where the weights are not finite just then.
     """
 
     on_row: Callable[[Row, int], None] = lambda row, first_step: None
@@ -428,6 +429,7 @@ class _Training:
         is_told = torch.tensor(int(self.hooks.is_told_to_end()), device=self.device)
         if self.world_size > 1:
             dist.all_reduce(is_told, dist.ReduceOp.MAX)
+            self.watch.mark("sync")
         return bool(is_told)
 
     def _save(self) -> None:

@@ -49,8 +49,9 @@ def torchrun_world() -> World | None:
 def sigterm_awaits_checkpoint() -> Iterator[None]:
     """Has SIGTERM, by which torchrun ends its ranks, wait for a checkpoint while the loop runs.
 
-    For the main thread, around all that a rank does: before training and after it, SIGTERM ends the
-    process as ever. Where a Ray was started in between, its handler takes this one's place.
+    For the main thread, around what may train, but not where it waits in torch for other ranks: no
+    handler runs there. Before the first step SIGTERM ends the process as ever. Where a Ray was
+    started in between, its handler takes this one's place.
     """
 
     def on_signal(number: int, frame: Any) -> None:
@@ -69,12 +70,18 @@ def sigterm_awaits_checkpoint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_is_told() -> Iterator[Callable[[], bool]]:
-    """While the block runs SIGTERM ends nothing; yields what says whether there was one."""
-    _trains.set()
-    try:
-        yield _is_told.is_set
-    finally:
-        _trains.clear()
+    """Yields what says whether there was a SIGTERM; once it is asked, none ends the process.
+
+    That holds until the block is left well. With an error a process leaves of its own accord: it
+    tells how it ended and gives up what it holds, while torchrun signals who is left.
+    """
+
+    def is_told() -> bool:
+        _trains.set()
+        return _is_told.is_set()
+
+    yield is_told
+    _trains.clear()
 
 
 def check_gpus(world: World) -> None:

@@ -39,6 +39,7 @@ from pipeline.torchrun import (
     await_settings,
     check_gpus,
     open_store,
+    sigterm_awaits_checkpoint,
     torchrun_world,
     training_is_told,
 )
@@ -248,10 +249,11 @@ def train_under_torchrun(world: World) -> None:
 
     Raises:
         RaydiffusionError: as on rank 0, which tells it.
-        SystemExit: a rank was told to end, and there is a checkpoint to go on from.
+        SystemExit: some rank was told to end, and all have made a checkpoint.
     """
     if (settings := await_settings()) is not None:
-        _fit_under_torchrun(settings, world)
+        with sigterm_awaits_checkpoint():
+            _fit_under_torchrun(settings, world)
 
 
 def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
@@ -268,11 +270,12 @@ def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
     if config.use_gpu:
         ranks["device_id"] = device  # which NCCL would else have to guess
     store = open_store(timedelta(seconds=config.group_timeout_s))
-    with training_is_told() as is_told, process_group(config, backend, store=store, **ranks):
-        told = {"wants_checkpoint": lambda: False, "is_told_to_end": is_told}
-        rows = _train_rank(settings, world.rank, world.world_size, device, **told)
-    if not rows or rows[-1]["global_step"] < config.num_steps:
-        raise SystemExit  # as SIGTERM does where there is Ray
+    with training_is_told() as is_told:
+        with process_group(config, backend, store=store, **ranks):
+            told = {"wants_checkpoint": lambda: False, "is_told_to_end": is_told}
+            rows = _train_rank(settings, world.rank, world.world_size, device, **told)
+        if not rows or rows[-1]["global_step"] < config.num_steps:
+            raise SystemExit  # as SIGTERM does where there is Ray
 
 
 def _train_rank(

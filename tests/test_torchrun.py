@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config import load_config
@@ -170,8 +171,9 @@ def test_a_run_that_torchrun_restarts_ends_as_one_that_was_not_killed(
 
 
 @pytest.mark.slow
-def test_a_signal_costs_no_step(config: Config, tiny_config: Path) -> None:
-    """SIGTERM to torchrun, as of a machine that is about to be taken away."""
+@pytest.mark.parametrize("told", ["torchrun", "rank 1"])
+def test_a_signal_costs_no_step(config: Config, tiny_config: Path, told: str) -> None:
+    """SIGTERM, as of a machine that is about to be taken away."""
     settings = ["train.num_steps=1000000", "train.checkpoint_every=1000000", "train.log_every=2"]
     run_config(plan_of(tiny_config)[1], ("preprocess",), observer=lambda event: None)
     reader = TraceReader(tiny_config.parent / "trace")
@@ -182,7 +184,8 @@ def test_a_signal_costs_no_step(config: Config, tiny_config: Path) -> None:
             assert time.monotonic() < deadline
             reader.read()
             time.sleep(0.005)
-        process.terminate()
+        ranks = {f"rank {row['rank']}": row["pid"] for row in reader.began}
+        os.kill(ranks.get(told, process.pid), signal.SIGTERM)
 
     trace = {"RAYDIFFUSION_TRACE": str(tiny_config.parent / "trace")}
     done = torchrun(tiny_config, *settings, env=trace, meanwhile=tell)
@@ -220,6 +223,34 @@ def test_more_ranks_than_can_share_a_batch_are_refused(config: Config, tiny_conf
         "1, or raise it to 32." in done.stdout
     )
     assert "exitcode  : 2 " in done.stdout
+
+
+def test_a_rank_that_waits_for_rank_0_ends_at_once(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore
+    script = (
+        "from pipeline import torchrun, train\n"
+        "wait = torchrun.await_settings\n"
+        "train.await_settings = lambda: print('waits', flush=True) or wait()\n"
+        "from jobs.cli import app\n"
+        "app(['train', 'any.toml'])\n"
+    )
+    world = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | world | {"TORCHELASTIC_RESTART_COUNT": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        time.sleep(1)  # it does so in a moment
+        process.terminate()
+        assert process.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("verb", ["run", "evaluate", "report"])
