@@ -59,6 +59,13 @@ def test_samples_are_kept_as_arrow_files_in_order(
     assert np.array_equal(seen.by_class[1], items[1:24:3])
 
 
+def test_ten_classes_are_shown(look: Callable[..., Any]) -> None:
+    items = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1).repeat(8, axis=2).repeat(8, axis=3)
+    seen, _ = look(items, [k % 12 for k in range(100)])
+    assert list(seen.by_class) == list(range(10))
+    assert seen.by_class[9][:, 0, 0, 0].tolist() == list(range(9, 100, 12))
+
+
 def test_samples_need_not_be_kept(look: Callable[..., Any]) -> None:
     items = np.zeros((70, 1, 8, 8), np.uint8)
     seen, context = look(items, None, "evaluate.keep_samples=false")

@@ -95,15 +95,17 @@ def test_a_network_is_told_the_class_of_the_nearer_end(
     counts: dict[str, int] | None,
     told: list[int] | None,
 ) -> None:
-    real_interpolate, labels = pictures.interpolate, []
+    real_interpolate, labels, noised_to = pictures.interpolate, [], []
 
-    def interpolate(*arguments: Any, class_labels: Any, **options: Any) -> Any:
+    def interpolate(*arguments: Any, class_labels: Any, t: int, **options: Any) -> Any:
         labels.append(None if class_labels is None else class_labels.tolist())
-        return real_interpolate(*arguments, class_labels=class_labels, **options)
+        noised_to.append(t)
+        return real_interpolate(*arguments, class_labels=class_labels, t=t, **options)
 
     monkeypatch.setattr(pictures, "interpolate", interpolate)
     draw_pictures(context, Source("untrained", counts=counts, num_timesteps=1000), GALLERY, None)
     assert labels[0] == told
+    assert noised_to == [50] * 3  # half of T
 
 
 def test_images_that_were_given_have_no_strips(context: StepContext) -> None:
