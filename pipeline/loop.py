@@ -22,12 +22,13 @@ from pipeline.checkpoint_writer import CheckpointWriter, copy_to_host
 from pipeline.checkpoints import Checkpoint, CheckpointStore, Row
 from pipeline.errors import StorageError, TrainingError
 from pipeline.host import keep_freed_memory
+from pipeline.latest_checkpoint import LatestCheckpoint
 from pipeline.learner import Learner, learning_rate
 from pipeline.loader import keyed_seed
 from pipeline.meter import Meter
 from pipeline.order import make_order
 from pipeline.patience import Patience
-from pipeline.precision import gather_environment
+from pipeline.precision import gather_environment, say_changes
 from pipeline.settings import TrainConfig
 from pipeline.shards import Items
 from pipeline.stopwatch import Stopwatch
@@ -151,6 +152,7 @@ class _Training:
         self.meter = Meter(diffusion.num_train_timesteps, self.device)
         self.patience = Patience(config.storage_patience_s)
         self.writer = CheckpointWriter(store, self.patience)
+        self.latest = LatestCheckpoint(store, self.patience, self.rank, self.world_size)
         self.step, self.first_step, self.num_rewinds = 0, 0, 0
         self.ask_every, self.is_asked_to_save = 1, False
         self.is_ended = False  # before its last step, by who watches it
@@ -191,23 +193,12 @@ class _Training:
         """From the latest checkpoint, if there is one."""
         checkpoint = self._load_latest(self.config.num_steps)
         if checkpoint is None:
-            self._refuse_damaged()
+            self.latest.refuse_damaged()
             self.begun = copy_to_host(self._state())
             return
         self._restore(checkpoint)
         self.skipped, self.num_rewinds = list(checkpoint.skipped), checkpoint.num_rewinds
         self.environments = list(checkpoint.environments)
-
-    def _refuse_damaged(self) -> None:
-        """Ends a training of which there are checkpoints, and none to go on from."""
-        are_damaged = [self.rank == 0 and self.store.has_passed_over]
-        if self.world_size > 1:
-            dist.broadcast_object_list(are_damaged, src=0)
-        if are_damaged[0]:
-            raise TrainingError(
-                f"The checkpoints below {self.store.directory} are damaged, all of them. Bring one "
-                "back from a copy, or delete them to have the same command begin anew."
-            )
 
     def _note_environment(self) -> None:
         """Records what the last bit depends on from here on, and says what is another."""
@@ -216,65 +207,12 @@ class _Training:
         before.pop("since_step", None)
         if now != before:
             self.environments.append({"since_step": self.step, **now})
-        for name in sorted(before.keys() & now.keys()) if self.rank == 0 else ():
-            if now[name] == before[name]:
-                continue
-            if name == "precision":
-                logger.warning(
-                    "Training continues in %s, and the checkpoint was made in %s: results differ "
-                    "by more than the last bits. Give it a device of the kind it had, or set "
-                    "train.precision, with which training begins anew.",
-                    now[name],
-                    before[name],
-                )
-            else:
-                logger.warning(
-                    "Training continues with %s = %s, and the checkpoint was made with %s: the "
-                    "last bits may differ.",
-                    name,
-                    now[name],
-                    before[name],
-                )
+        if self.rank == 0:
+            say_changes(before, now)
 
     def _load_latest(self, max_step: int) -> Checkpoint | None:
-        """The latest checkpoint up to a step on every rank; rank 0 says which: so all agree."""
-        checkpoint = None
-        if self.rank == 0:
-            try:
-                checkpoint = self.patience.until_done(
-                    lambda: self._look_for(max_step), "The latest checkpoint is not read"
-                )
-            except StorageError:  # it may be this one alone
-                checkpoint = self._look_for(max_step, passes_over_unreadable=True)
-        if self.world_size == 1:
-            return checkpoint
-        chosen = [checkpoint.global_step if checkpoint else -1]
-        dist.broadcast_object_list(chosen, src=0)
-        if self.rank != 0 and chosen[0] >= 0:
-            checkpoint = self.patience.until_done(
-                lambda: self._load_chosen(chosen[0]), "The latest checkpoint is not read"
-            )
-        return checkpoint
-
-    def _look_for(
-        self, max_step: int, *, passes_over_unreadable: bool = False
-    ) -> Checkpoint | None:
         has_some = self.num_saved > 0 or self.first_step > 0  # saved here, or resumed from
-        if has_some and not self.store.steps():  # as where nothing is mounted
-            raise StorageError(
-                f"The checkpoints below {self.store.directory} are gone while training goes on. "
-                "See that storage.root is mounted, and run the same command again."
-            )
-        return self.store.load_latest(max_step, passes_over_unreadable=passes_over_unreadable)
-
-    def _load_chosen(self, step: int) -> Checkpoint:
-        """What rank 0 has read."""
-        if (checkpoint := self.store.load(step)) is None:
-            raise StorageError(
-                f"Rank {self.rank} cannot read the checkpoint at step {step} that rank 0 read. Set "
-                "storage.root to a place that every node of the cluster shares."
-            )
-        return checkpoint
+        return self.latest.load(max_step, is_there=has_some)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was, but which batches are skipped."""

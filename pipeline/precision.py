@@ -1,6 +1,7 @@
 """The precision of training, and what the last bit of its result depends on."""
 
 import contextlib
+import logging
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,8 @@ import torch.distributed as dist
 
 from pipeline.errors import ConfigError
 from pipeline.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as in settings
 
@@ -66,6 +69,29 @@ def gather_environment(
         values = [of_rank.get(name) for of_rank in by_rank]
         environment[name] = values[0] if values.count(values[0]) == world_size else values
     return environment
+
+
+def say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns of each fact that is another now than when the checkpoint before was made."""
+    for name in sorted(before.keys() & now.keys()):
+        if now[name] == before[name]:
+            continue
+        if name == "precision":
+            logger.warning(
+                "Training continues in %s, and the checkpoint was made in %s: results differ "
+                "by more than the last bits. Give it a device of the kind it had, or set "
+                "train.precision, with which training begins anew.",
+                now[name],
+                before[name],
+            )
+        else:
+            logger.warning(
+                "Training continues with %s = %s, and the checkpoint was made with %s: the "
+                "last bits may differ.",
+                name,
+                now[name],
+                before[name],
+            )
 
 
 def _describe_environment(device: torch.device) -> dict[str, Any]:
