@@ -9,7 +9,6 @@ import contextlib
 import gc
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from diffusion_core import UNet
 from pipeline import trace
@@ -43,7 +43,8 @@ from pipeline.torchrun import (
     torchrun_world,
     training_is_told,
 )
-from pipeline.training_views import PROGRESS_EVERY_S, TrainingViews
+from pipeline.training_progress import read_training_progress, tell_progress
+from pipeline.training_views import TrainingViews
 from pipeline.workflow import StepContext, read_artifact, read_manifest
 
 
@@ -65,7 +66,7 @@ def train(context: StepContext) -> dict[str, Any]:
     }
     world = torchrun_world()
     _check_caches(context, world)
-    with scores_beside(context) as scorer, _tell_progress(context, scorer):
+    with scores_beside(context) as scorer, tell_progress(context, scorer):
         settings["fid_directory"] = scorer and scorer.directory
         if world is None:
             fit_workers(context.config, context.storage, context.series_directory, settings)
@@ -92,7 +93,7 @@ def _write_result(context: StepContext, scorer: Scorer | None) -> dict[str, Any]
     context.write_artifact("metrics.jsonl", to_lines(checkpoint.history))
     if scorer is not None and (scores := scorer.rows()):
         context.write_artifact("fid.jsonl", to_lines(scores))
-    last = _read_progress(context.storage, context.series_directory) or {}
+    last = read_training_progress(context.storage, context.series_directory) or {}
     return {
         "num_steps": num_steps,
         "images_seen": checkpoint.history[-1]["images_seen"],
@@ -114,7 +115,10 @@ def train_in_process(
     data: dict[str, Any],
     *,
     start: Mapping[str, Any] | None = None,
-    **ranks: Any,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    hooks: Hooks | None = None,
 ) -> list[Row]:
     """Runs the loop here, alone or as one rank of a process group that is already up.
 
@@ -124,10 +128,18 @@ def train_in_process(
         directory: of the checkpoints, below the root.
         data: the manifest of the step `preprocess`.
         start: the manifest of the training whose EMA weights this one begins with; none: random.
-        **ranks: `rank`, `world_size`, `device`, `hooks` of `train_loop`.
+        rank: of this process.
+        world_size: number of processes.
+        device: to train on; the CPU when not given.
+        hooks: told and asked on the way.
+
+    Returns:
+        The rows of metrics.
+
+    Raises:
+        RaydiffusionError: as `train_loop`, or the data or the `start` cannot be used.
     """
     train, window = config.train, config.data.shuffle_window
-    world_size = ranks.get("world_size", 1)
     _await_storage(storage, data, train.storage_patience_s)
     num_classes = _num_classes(config, storage, data)
     _check_cache(config, storage, data, min(_ranks_on_node(), world_size), world_size)
@@ -156,7 +168,10 @@ def train_in_process(
             CheckpointStore(storage, directory, train.keep_every),
             validation=validation,
             shuffle_window=window,
-            **ranks,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            hooks=hooks,
         )
 
 
@@ -258,8 +273,6 @@ def train_under_torchrun(world: World) -> None:
 
 def _fit_under_torchrun(settings: dict[str, Any], world: World) -> None:
     """One rank of the process group that torchrun's environment describes."""
-    import torch
-
     config = Config.model_validate_json(settings["config"]).train
     device = torch.device("cuda", world.local_rank) if config.use_gpu else torch.device("cpu")
     if config.use_gpu:
@@ -358,61 +371,3 @@ def most_groups(num_groups: int, on_node: int, world_size: int) -> int:
         world_size: ranks in all, among which shares are as equal as can be.
     """
     return min(num_groups, on_node * -(-num_groups // world_size))
-
-
-@contextlib.contextmanager
-def _tell_progress(context: StepContext, scorer: Scorer | None) -> Iterator[None]:
-    """Passes on what rank 0 writes, from a thread of its own, while the block runs."""
-    stop = threading.Event()
-    context.storage.delete(f"{context.series_directory}/progress.json")
-
-    def watch() -> None:
-        told: tuple[tuple[int, float], int] | None = None
-        noted = 0
-        ended = False
-        while not ended:
-            ended = stop.wait(PROGRESS_EVERY_S)
-            document = _read_progress(context.storage, context.series_directory)
-            if document is None:
-                continue
-            began = (document["resumed_from"], document["seconds_to_first_step"])
-            now = (began, document["global_step"])
-            if now == told:
-                continue
-            if told is None or told[0] != began:  # another group of workers, with notes of its own
-                noted = 0
-                note = f"first step after {document['seconds_to_first_step']:.0f} s"
-                if began[0]:
-                    note += f", resumed from the checkpoint at step {began[0]:,}"
-                context.note(note)
-                if scorer is not None:
-                    scorer.begin(began[0])
-            if scorer is not None:
-                scorer.reach(now[1])
-            for text in document["notes"][noted:]:
-                context.note(text)
-            noted, told = len(document["notes"]), now
-            context.progress(
-                document["global_step"],
-                document["num_steps"],
-                "steps",
-                rate=document["images_per_s"],
-                rate_unit="images/s",
-                loss=document["loss"],
-                left_s=document["seconds_left"],
-            )
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-
-
-def _read_progress(storage: Storage, directory: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(storage.read(f"{directory}/progress.json"))
-    except (FileNotFoundError, StorageError):
-        return None

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from pipeline import train as pipeline_train
+from pipeline import training_progress
 from pipeline.batches import BatchMaker
 from pipeline.checkpoints import Checkpoint, CheckpointStore
 from pipeline.config import load_config
@@ -27,12 +28,12 @@ from pipeline.storage import LocalStorage, Storage
 from pipeline.torchrun import torchrun_world
 from pipeline.train import (
     _begin,
-    _tell_progress,
     _write_result,
     most_groups,
     train,
     train_in_process,
 )
+from pipeline.training_progress import tell_progress
 from pipeline.workflow import Event, StepContext, plan
 
 
@@ -120,12 +121,12 @@ class Told:
 
 @pytest.fixture
 def told(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
-    monkeypatch.setattr(pipeline_train, "PROGRESS_EVERY_S", 0.001)
+    monkeypatch.setattr(training_progress, "PROGRESS_EVERY_S", 0.001)
     return Told(tmp_path / "root", tiny_config)
 
 
 def test_each_group_of_workers_has_its_own_notes(told: Told) -> None:
-    with _tell_progress(told.context, None):
+    with tell_progress(told.context, None):
         told.write(1, 2.0, ["storage is away"] * 3)
         seen = [told.told.get(timeout=10) for _ in range(4)]
         told.write(1, 5.0, ["the checkpoint is damaged"], resumed_from=0)
