@@ -27,12 +27,12 @@ class LatestCheckpoint:
     rank: int
     world_size: int
 
-    def load(self, max_step: int, *, is_there: bool) -> Checkpoint | None:
+    def load(self, max_step: int, *, must_exist: bool) -> Checkpoint | None:
         """The latest up to a step; rank 0 says which: so all agree.
 
         Args:
             max_step: of the checkpoint, at most.
-            is_there: whether there must be some, as where this process has made one.
+            must_exist: whether there must be some, as where this process has made one.
 
         Raises:
             StorageError: it cannot be read, or all are gone that were there.
@@ -41,10 +41,10 @@ class LatestCheckpoint:
         if self.rank == 0:
             try:
                 checkpoint = self.patience.until_done(
-                    lambda: self._look(max_step, is_there), "The latest checkpoint is not read"
+                    lambda: self._look(max_step, must_exist), "The latest checkpoint is not read"
                 )
             except StorageError:  # it may be this one alone
-                checkpoint = self._look(max_step, is_there, passes_over_unreadable=True)
+                checkpoint = self._look(max_step, must_exist, passes_over_unreadable=True)
         if self.world_size == 1:
             return checkpoint
         chosen = [checkpoint.global_step if checkpoint else -1]
@@ -71,9 +71,9 @@ class LatestCheckpoint:
             )
 
     def _look(
-        self, max_step: int, is_there: bool, *, passes_over_unreadable: bool = False
+        self, max_step: int, must_exist: bool, *, passes_over_unreadable: bool = False
     ) -> Checkpoint | None:
-        if is_there and not self.store.steps():  # as where nothing is mounted
+        if must_exist and not self.store.steps():  # as where nothing is mounted
             raise StorageError(
                 f"The checkpoints below {self.store.directory} are gone while training goes on. "
                 "See that storage.root is mounted, and run the same command again."

@@ -212,7 +212,7 @@ class _Training:
 
     def _load_latest(self, max_step: int) -> Checkpoint | None:
         has_some = self.num_saved > 0 or self.first_step > 0  # saved here, or resumed from
-        return self.latest.load(max_step, is_there=has_some)
+        return self.latest.load(max_step, must_exist=has_some)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Everything as it was, but which batches are skipped."""
@@ -308,10 +308,11 @@ class _Training:
         is_last = done == config.num_steps
         closes_row = done % config.log_every == 0 or is_last
         self.watch.mark("metrics")
-        is_wanted = self._is_new_wish()
+        is_wanted = self._ask_whether_to_save()
         saves = done % config.checkpoint_every == 0 or is_last or is_wanted
         if saves and not self._is_finite():
             return False
+        self.watch.mark("metrics")
         if self.rank == 0 and _is_due(config.sample_every, done):
             self.hooks.on_samples(done, self.learner.ema.model)
         if self.rank == 0 and _is_due(config.fid_every, done):
@@ -350,8 +351,11 @@ class _Training:
             dist.all_reduce(is_finite, dist.ReduceOp.MIN)
         return bool(is_finite)
 
-    def _is_new_wish(self) -> bool:
-        """Asks, now and then, whether a checkpoint is wanted at once; once is enough."""
+    def _ask_whether_to_save(self) -> bool:
+        """Whether a checkpoint is wanted at once: now and then, and once is enough.
+
+        Notes it where the loop is to end with that.
+        """
         if self.step % self.ask_every:
             return False
         if self._is_told_to_end():

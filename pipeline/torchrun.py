@@ -61,6 +61,8 @@ def sigterm_awaits_checkpoint() -> Iterator[None]:
             signal.signal(number, before)
             signal.raise_signal(number)
 
+    _trains.clear()
+    _is_told.clear()
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
         yield
@@ -131,12 +133,11 @@ def await_settings() -> dict[str, Any] | None:
 def open_store(timeout: timedelta | None = None) -> Any:
     """That of torchrun, in which a restarted attempt has keys of its own.
 
-    Args:
-        timeout: for which ranks wait for one another's keys; none is torch's own, five minutes.
-
-
     torch itself would find those of the attempt before, addresses of dead ranks among them, where
     torchrun keeps its store for all attempts: on one node, unless it is told otherwise.
+
+    Args:
+        timeout: for which ranks wait for one another's keys; none is torch's own, five minutes.
     """
     import torch.distributed as dist
 
