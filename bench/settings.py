@@ -1,7 +1,7 @@
 """What each setting of a recipe is worth: one changed at a time, at equal cost.
 
     python bench/settings.py [--recipe digits] [--seeds 1] [--output bench/results/settings.json]
-    python bench/settings.py --images 36000 --variants "network: dim 24"
+    python bench/settings.py --images 36000 --variants "network: dim 24" "batch 32 + EMA 0.9"
 
 Trains a recipe of examples/ for a part of its time, once as it is and once with each of its
 variants, and scores samples against the validation split, so that the test split has no say. Equal
@@ -11,6 +11,7 @@ within their spread says nothing. The last line is one JSON object.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -35,6 +36,7 @@ from pipeline.storage import LocalStorage
 
 EXAMPLES = train_sides.ROOT / "examples"
 NUM_STEPS = 25  # of DDIM
+JOIN = " + "  # of the names of variants that are made together
 NUM_SEEDS = 3  # of the recipe as it is
 COMMON: dict[str, list[str]] = {
     "as it is": [],
@@ -53,6 +55,9 @@ CLOTHES: dict[str, list[str]] = {
     "weighting uniform": ["diffusion.weighting=uniform"],
     "learning rate 5e-4": ["train.learning_rate=5e-4"],
     "learning rate 2e-3": ["train.learning_rate=2e-3"],
+    "not told the labels": ["model.class_conditional=false"],
+    "batch 32": ["train.global_batch_size=32"],
+    "batch 64": ["train.global_batch_size=64"],
     "network: mults 1, 2, 2": ["model.dim_mults=[1, 2, 2]"],
     "network: attention at two levels": ['model.attention=["none", "full", "full"]'],
 }
@@ -112,7 +117,9 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="clothes")
     parser.add_argument("--seeds", type=int, default=1, help="of each variant")
     parser.add_argument("--images", type=int, help="that the recipe as it is sees")
-    parser.add_argument("--variants", nargs="+", help="some of them by name; else all")
+    parser.add_argument(
+        "--variants", nargs="+", help=f"by name, or several joined by {JOIN!r}; else all of them"
+    )
     parser.add_argument("--threads", type=int, default=train_sides.NUM_THREADS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--work", type=Path, help="goes on with what is there; else temporary")
@@ -138,14 +145,21 @@ def main() -> None:
 
 def choose(recipe: Recipe, images: int | None, names: Sequence[str] | None) -> Recipe:
     """The recipe with another length and some of its variants, where they are given."""
-    chosen = recipe.variants if names is None else {n: recipe.variants[n] for n in names}
+    parts = {name: name.split(JOIN) for name in names or recipe.variants}
+    if unknown := {p for several in parts.values() for p in several} - set(recipe.variants):
+        known = ", ".join(map(repr, recipe.variants))
+        raise SystemExit(f"No variant is called {unknown.pop()!r}. There are {known}.")
+    chosen = {
+        name: [setting for part in several for setting in recipe.variants[part]]
+        for name, several in parts.items()
+    }
     variants = {"as it is": [], **chosen}
     return replace(recipe, images=images or recipe.images, variants=variants)
 
 
 def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[dict[str, Any]]:
-    """A row for each training: its name, seed, images seen and score."""
-    config = load_config(recipe.config, [f"storage.root={work / 'root'}"])
+    """A row for each training: its name, seed, images seen, score and seconds."""
+    config = load_config(recipe.config, [*recipe.common, f"storage.root={work / 'root'}"])
     manifests = run_config(config, ("reference",), observer=lambda event: None).manifests
     (work / "data.json").write_text(json.dumps(manifests["preprocess"]))
     storage = LocalStorage(config.storage.root)
@@ -153,7 +167,9 @@ def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[di
     real = sum_features(read_features(storage, manifests["reference"], "validation"))
     wanted = [("as it is", seed) for seed in range(max(NUM_SEEDS, num_seeds))]
     wanted += [(name, seed) for seed in range(num_seeds) for name in recipe.variants]
-    path = work / "rows.jsonl"
+    # Rows of the same recipe are gone on with, and of no other.
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]
+    path = work / f"rows-{digest}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name, seed in dict.fromkeys(wanted):
         images = round(recipe.images / relative_flops(recipe, recipe.variants[name]))
@@ -161,18 +177,21 @@ def measure(recipe: Recipe, num_seeds: int, threads: int, work: Path) -> list[di
             continue
         # Each begins with a fresh memory, and not with locks that threads of Ray held.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            samples = process.submit(draw, work, recipe, name, seed, images, threads).result()
+            done = process.submit(draw, work, recipe, name, seed, images, threads)
+            samples, seconds = done.result()
         fid = frechet_distance(real, sum_features(extract(extractor, samples)))
-        rows.append({"name": name, "seed": seed, "images": images, "fid": round(fid, 3)})
+        row = {"name": name, "seed": seed, "images": images, "fid": round(fid, 3)}
+        rows.append({**row, "train_s": round(seconds, 1)})
         with path.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
-def draw(work: Path, recipe: Recipe, name: str, seed: int, images: int, threads: int) -> np.ndarray:
-    """Trains and samples; uint8 [N, 1, H, W]."""
-    train_sides.NUM_THREADS = threads
+def draw(
+    work: Path, recipe: Recipe, name: str, seed: int, images: int, threads: int
+) -> tuple[np.ndarray, float]:
+    """Trains and samples: uint8 [N, 1, H, W], and the seconds of the training."""
     settings = [
         *recipe.common,
         *recipe.variants[name],
@@ -181,15 +200,17 @@ def draw(work: Path, recipe: Recipe, name: str, seed: int, images: int, threads:
         "train.num_workers=1",
     ]
     batch = load_config(recipe.config, settings).train.global_batch_size
-    run = train_sides.run_loop(work, recipe.config, settings, images // batch, None)
-    return run.sample(recipe.num_samples, 0)
+    run = train_sides.run_loop(work, recipe.config, settings, images // batch, None, threads)
+    return run.sample(recipe.num_samples, 0), run.seconds
 
 
 def relative_flops(recipe: Recipe, settings: list[str]) -> float:
     """Of the network with these settings over that of the recipe."""
-    networks = [make_unet(load_config(recipe.config, s), 0, 10) for s in (settings, [])]
-    ours, plain = map(train_sides.count_flops, networks)
-    return ours / plain
+    flops = []
+    for given in (settings, []):
+        config = load_config(recipe.config, given)
+        flops.append(train_sides.count_flops(make_unet(config, 0, 10), config.data.shape))
+    return flops[0] / flops[1]
 
 
 if __name__ == "__main__":

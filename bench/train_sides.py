@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,7 +341,12 @@ class Run:
 
 
 def run_loop(
-    work: Path, config_path: Path, overrides: list[str], steps: int, network: nn.Module | None
+    work: Path,
+    config_path: Path,
+    overrides: list[str],
+    steps: int,
+    network: nn.Module | None,
+    threads: int = NUM_THREADS,
 ) -> Run:
     from pipeline.checkpoints import CheckpointStore
     from pipeline.config import load_config
@@ -358,11 +364,11 @@ def run_loop(
     counts = class_counts(read_dataset(storage, manifest), "train")
     num_classes = len(counts) if config.model.class_conditional else None
     model: Any = network or make_unet(config, config.train.seed, num_classes)
-    store = CheckpointStore(storage, f"bench/{os.getpid()}-{steps}")
+    store = CheckpointStore(storage, f"bench/{uuid.uuid4().hex}")
     rows: list[Any] = []
     items = open_split(storage, manifest, "train")
     started = time.perf_counter()
-    with torch_threads(NUM_THREADS):
+    with torch_threads(threads):
         train_loop(
             config.train,
             model,
