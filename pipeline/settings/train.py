@@ -74,7 +74,9 @@ class TrainConfig(Section):
         default=None, description="optimiser steps between losses on the validation split"
     )
     sample_every: Positive | None = Field(
-        default=None, description="optimiser steps between grids of samples"
+        default=None,
+        description="optimiser steps between grids of samples; for one every k images "
+        "`k / global_batch_size`",
     )
     fid_every: Positive | None = Field(
         default=None,
