@@ -106,7 +106,7 @@ RECIPES = {
         12_000,
         1000,
         LARGER_CLOTHES,
-        ("train.global_batch_size=16", "train.precision=bf16"),
+        ("train.num_workers=1", "train.global_batch_size=16", "train.precision=bf16"),
     ),
     "digits": Recipe(EXAMPLES / "digits/digits.toml", 24_000, 512, DIGITS),
 }
