@@ -130,6 +130,15 @@ def test_two_ranks_under_torchrun_learn_what_one_process_does(
     assert first_steps == {30}
 
 
+def await_step(reader: TraceReader, step: int) -> None:
+    """Until training is there, or further."""
+    deadline = time.monotonic() + 200
+    while not any(row["global_step"] >= step for row in reader.rows):
+        assert time.monotonic() < deadline
+        reader.read()
+        time.sleep(0.005)
+
+
 @pytest.mark.slow
 def test_a_run_that_torchrun_restarts_ends_as_one_that_was_not_killed(
     config: Config, tiny_config: Path
@@ -140,11 +149,7 @@ def test_a_run_that_torchrun_restarts_ends_as_one_that_was_not_killed(
     reader = TraceReader(tiny_config.parent / "trace")
 
     def kill(process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 200
-        while not any(row["global_step"] >= 50 for row in reader.rows):
-            assert time.monotonic() < deadline
-            reader.read()
-            time.sleep(0.005)
+        await_step(reader, 50)
         os.kill(next(row["pid"] for row in reader.began if row["rank"] == 1), signal.SIGKILL)
 
     killed = torchrun(
@@ -179,11 +184,7 @@ def test_a_signal_costs_no_step(config: Config, tiny_config: Path, told: str) ->
     reader = TraceReader(tiny_config.parent / "trace")
 
     def tell(process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 200
-        while not any(row["global_step"] >= 50 for row in reader.rows):
-            assert time.monotonic() < deadline
-            reader.read()
-            time.sleep(0.005)
+        await_step(reader, 50)
         ranks = {f"rank {row['rank']}": row["pid"] for row in reader.began}
         os.kill(ranks.get(told, process.pid), signal.SIGTERM)
 
