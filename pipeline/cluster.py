@@ -149,17 +149,24 @@ def end_own_ray() -> None:
     """Kills the processes of a Ray that this one started, and removes what they wrote.
 
     For an exit that cannot wait for threads which use Ray, just before it. Left to themselves its
-    agents look for it for a minute and more.
+    agents look for it for a minute and more. Ray's own thread in this process ends it with code 1
+    when it sees one of them gone: they are stopped, so that none writes, and killed at the last.
     """
     if not _own_directories:
         return
     import psutil  # Ray brings it  # pyright: ignore[reportMissingModuleSource]
 
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+    stopped: set[psutil.Process] = set()
+    while new := set(psutil.Process().children(recursive=True)) - stopped:
+        for child in new:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()
+        stopped |= new
     for directory in _own_directories:
         shutil.rmtree(directory, ignore_errors=True)
+    for child in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _temp_prefix(pid: int | str) -> str:
