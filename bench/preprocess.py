@@ -3,13 +3,17 @@
     python bench/preprocess.py [--images 20000] [--output bench/results/preprocess.json]
 
 - `decode_ratio`: images a second of the step `preprocess` on a local Ray with warm workers, from
-  the first shard done to the last one done, over cores x the rate of a bare loop in one process
-  that decodes and resizes the same JPEGs (256x256 to 64x64) from memory. The loop uses the fastest
+  the first shard handed to Ray to the last one done, over cores x the rate of a bare loop in one
+  process that decodes and resizes the same JPEGs (256x256 to 64x64) from memory. It does not count
+  from the first shard done: each worker has read its second by then. The loop uses the fastest
   decoder that Pillow offers: libjpeg-turbo with a DCT-scaled draft, when that is faster than the
-  full decode. There are ROUNDS of the step with the loop before and after, whose mean counts, Ray
-  being idle meanwhile; the ratio is their median. On a shared host `rounds` tells what share of
-  the cores it took away, which costs two processes more than one. `submitted_ratio` counts from
-  the first shard submitted, so with the second or so that Ray Data takes to start.
+  full decode. How fast it is depends on where its memory happens to lie, by up to a fifth
+  (`docs/decisions/0005-preprocessing.md`), so it runs in LOOPS processes one after another, each
+  of which has taken other memory before, and their mean time counts; `of_fastest_ratio` takes the
+  fastest of them. The workers' memory lies likewise for as long as they live, so there are SESSIONS
+  of Ray, each of ROUNDS of the step with the loops before and after, whose mean counts, Ray being
+  idle meanwhile; the ratio is the median of all rounds. On a shared host `rounds` tells what share
+  of the cores it took away, which costs two processes more than one.
 - `side_by_side_ratio`: the same over as many bare loops as there are cores at the same time, which
   share caches and memory as the workers do; `bare_scaling` says what that leaves of each loop.
 - `memory_growth`: the largest ratio, over the driver, Ray's daemons, the workers and the object
@@ -23,6 +27,7 @@ sizes, machines with more cores. Images are generated: power-law noise, as photo
 """
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -33,7 +38,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +59,8 @@ SIDE, RESOLUTION = 256, 64
 NUM_BASES = 64  # images made from noise; the others are shifted copies of them
 IMAGES_PER_SHARD = 500
 NUM_READ_SHARDS, ITEMS_PER_READ_SHARD, BATCH = 1000, 60, 256
-LOOP_IMAGES = 2000  # of a bare loop
-ROUNDS = 9
+LOOPS, LOOP_IMAGES = 8, 400  # of a measurement of the bare loop
+SESSIONS, ROUNDS = 6, 2
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -85,21 +90,21 @@ def main() -> None:
     print(json.dumps(document))
 
 
-def make_jpegs(count: int) -> list[bytes]:
+def make_jpegs(count: int, side: int = SIDE) -> list[bytes]:
     """Encoded colour images with the spectrum of photographs, no two alike."""
     rng = np.random.default_rng(0)
-    fy, fx = np.meshgrid(np.fft.fftfreq(SIDE), np.fft.rfftfreq(SIDE), indexing="ij")
-    spectrum = 1 / np.maximum(np.hypot(fy, fx), 1 / SIDE)
+    fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
+    spectrum = 1 / np.maximum(np.hypot(fy, fx), 1 / side)
     bases = []
     for _ in range(NUM_BASES):
-        noise = rng.normal(size=(3, SIDE, SIDE))
-        waves = np.fft.irfft2(np.fft.rfft2(noise) * spectrum, s=(SIDE, SIDE))
+        noise = rng.normal(size=(3, side, side))
+        waves = np.fft.irfft2(np.fft.rfft2(noise) * spectrum, s=(side, side))
         waves = 0.7 * waves[:1] + 0.3 * waves  # colours go together
         waves = 128 + 48 * (waves - waves.mean()) / waves.std()
         bases.append(waves.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
     jpegs = []
     for k in range(count):
-        shifted = np.roll(bases[k % NUM_BASES], rng.integers(0, SIDE, 2).tolist(), (0, 1))
+        shifted = np.roll(bases[k % NUM_BASES], rng.integers(0, side, 2).tolist(), (0, 1))
         buffer = io.BytesIO()
         Image.fromarray(shifted).save(buffer, "JPEG", quality=90)
         jpegs.append(buffer.getvalue())
@@ -130,38 +135,53 @@ def make_config(directory: Path, shards: str, **data: Any) -> Config:
 
 def measure_throughput(directory: Path, jpegs: list[bytes]) -> dict[str, Any]:
     """The step on a warm local Ray beside the bare loop."""
-    import ray
-
     few = jpegs[:LOOP_IMAGES]
     data = DataConfig(sources=("x",), resolution=RESOLUTION)
     alone = {
-        "bare_full": loop_rate(few, partial(bare_decode, draft=False)),
-        "bare_draft": loop_rate(few, partial(bare_decode, draft=True)),
-        "decode_image": loop_rate(few, partial(decode_image, data=data)),
+        "bare_full": mean_rate(loop_rates(few, partial(bare_decode, draft=False))),
+        "bare_draft": mean_rate(loop_rates(few, partial(bare_decode, draft=True))),
+        "decode_image": mean_rate(loop_rates(few, partial(decode_image, data=data))),
     }
     bare = partial(bare_decode, draft=alone["bare_draft"] > alone["bare_full"])
     # Ray's workers yield to all else by default, the bare loops beside them do not.
     os.environ.update(RAY_worker_niceness="0")
+    rounds = []
+    for _ in range(SESSIONS):
+        rounds += measure_session(directory, few, bare)
+    return {
+        **{key: round(float(np.median([row[key] for row in rounds])), 3) for key in rounds[0]},
+        "rounds": [{key: round(float(value), 3) for key, value in row.items()} for row in rounds],
+        "alone_images_per_s": {kind: round(rate) for kind, rate in alone.items()},
+    }
+
+
+def measure_session(
+    directory: Path, jpegs: list[bytes], bare: Callable[[bytes], Any]
+) -> list[dict[str, float]]:
+    """The rounds of one local Ray, whose workers are warm."""
+    import ray
+
+    rounds = []
     ray.init(
         num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
-    rounds = []
     try:
-        step_rates(make_config(directory, "few"))  # starts and warms the workers
-        before = loop_rate(few, bare), side_by_side_rate(few, bare)
+        step_rate(make_config(directory, "few"))  # starts and warms the workers
+        shutil.rmtree(directory / "root-few")
+        before = measure_loops(jpegs, bare)
         for _ in range(ROUNDS):
             ticks = host_ticks()
-            step = step_rates(make_config(directory, "many"))
+            step = step_rate(make_config(directory, "many"))
             all_ticks, stolen = host_ticks() - ticks
             shutil.rmtree(directory / "root-many")  # so that the next round begins anew
-            after = loop_rate(few, bare), side_by_side_rate(few, bare)
-            one, together = ((x + y) / 2 for x, y in zip(before, after, strict=True))
+            after = measure_loops(jpegs, bare)
+            one, fastest, together = (np.array(before) + np.array(after)) / 2
             rounds.append(
                 {
-                    "side_by_side_ratio": step["done"] / together,
+                    "side_by_side_ratio": step / together,
                     "bare_scaling": together / (CORES * one),
-                    "decode_ratio": step["done"] / (CORES * one),
-                    "submitted_ratio": step["submitted"] / (CORES * one),
+                    "decode_ratio": step / (CORES * one),
+                    "of_fastest_ratio": step / (CORES * fastest),
                     "stolen": stolen / all_ticks,
                 }
             )
@@ -169,11 +189,7 @@ def measure_throughput(directory: Path, jpegs: list[bytes]) -> dict[str, Any]:
             before = after
     finally:
         ray.shutdown()
-    return {
-        **{key: round(float(np.median([row[key] for row in rounds])), 3) for key in rounds[0]},
-        "rounds": [{key: round(value, 3) for key, value in row.items()} for row in rounds],
-        "alone_images_per_s": {kind: round(rate) for kind, rate in alone.items()},
-    }
+    return rounds
 
 
 def host_ticks() -> np.ndarray:
@@ -183,45 +199,65 @@ def host_ticks() -> np.ndarray:
     return np.array([sum(ticks), ticks[7]])
 
 
-def step_rates(config: Config) -> dict[str, float]:
-    """Images a second until the last shard is done, since the first was submitted, or done."""
-    seen: list[tuple[float, int]] = []  # when, and how many shards were done
+def step_rate(config: Config) -> float:
+    """Images a second, from the first shard handed to Ray to the last one done."""
+    seen: list[float] = []
 
     def observe(event: Event) -> None:
         if event.kind == "progress":
-            seen.append((time.monotonic(), event.fields["done"]))
+            seen.append(time.monotonic())
 
     outcome = run_config(config, ("preprocess",), observer=observe)
     images = sum(outcome.manifests["preprocess"]["metrics"]["counts"].values())
-    (submitted, _), (first, shards), (last, all_shards) = seen[0], seen[1], seen[-1]
-    left = images * (1 - shards / all_shards)  # shards are equal
-    return {"submitted": images / (last - submitted), "done": left / (last - first)}
+    return images / (seen[-1] - seen[0])
 
 
-def loop_rate(jpegs: list[bytes], decode: Callable[[bytes], Any]) -> float:
-    """Images a second of one process."""
-    started = time.monotonic()
-    for content in jpegs:
-        decode(content)
-    return len(jpegs) / (time.monotonic() - started)
+def measure_loops(jpegs: list[bytes], decode: Callable[[bytes], Any]) -> tuple[float, ...]:
+    """Images a second of one loop at a time, of the fastest of them, and of one on each core."""
+    rates = loop_rates(jpegs, decode)
+    together = CORES * mean_rate(loop_rates(jpegs, decode, at_once=CORES))
+    return mean_rate(rates), max(rates), together
 
 
-def side_by_side_rate(jpegs: list[bytes], decode: Callable[[bytes], Any]) -> float:
-    """Images a second of as many bare loops as there are cores, together."""
+def mean_rate(rates: list[float]) -> float:
+    """That of all images in all loops: of the mean time of one."""
+    return len(rates) / sum(1 / rate for rate in rates)
+
+
+def loop_rates(jpegs: list[bytes], decode: Callable[[bytes], Any], at_once: int = 1) -> list[float]:
+    """Images a second of each of LOOPS processes, so many of them at once."""
     context = multiprocessing.get_context("fork")
-    barrier, rates = context.Barrier(CORES), context.SimpleQueue()
+    barrier, rates = context.Barrier(at_once), context.SimpleQueue()
 
-    def loop() -> None:
-        barrier.wait()
-        rates.put(loop_rate(jpegs, decode))
+    def loop(seed: int) -> None:
+        with with_other_memory(seed):
+            decode(jpegs[0])
+            barrier.wait()
+            started = time.monotonic()
+            for content in jpegs:
+                decode(content)
+            rates.put(len(jpegs) / (time.monotonic() - started))
 
-    processes = [context.Process(target=loop) for _ in range(CORES)]
-    for process in processes:
-        process.start()
-    found = [rates.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return sum(found)
+    found = []
+    for first in range(0, LOOPS, at_once):
+        seeds = range(first, first + at_once)
+        processes = [context.Process(target=loop, args=(seed,)) for seed in seeds]
+        for process in processes:
+            process.start()
+        found += [rates.get() for _ in processes]
+        for process in processes:
+            process.join()
+    return found
+
+
+@contextlib.contextmanager
+def with_other_memory(seed: int) -> Iterator[None]:
+    """Keeps some memory and leaves holes in it, so that what follows lies elsewhere."""
+    sizes = np.random.default_rng(seed).integers(1, 65536, 400).tolist()
+    kept = [bytes(size) for size in sizes]
+    del kept[::2]
+    yield
+    kept.clear()
 
 
 def bare_decode(content: bytes, *, draft: bool) -> np.ndarray:
