@@ -31,8 +31,7 @@ from pipeline.units import (
 from pipeline.workflow import StepContext
 
 SHOWN = 4  # names of shards in an error
-TASKS_PER_CPU = 2  # at least, where there are shards enough
-BYTES_PER_TASK = 1 << 28  # of input, at most: about ten seconds
+BYTES_PER_TASK = 1 << 29  # of input, at most where shards are small: about ten seconds
 TASK_RETRIES = 3  # of a task whose worker died; more would hide content that kills
 
 
@@ -101,8 +100,11 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
     options.enable_progress_bars = False
     options.print_on_execution_start = False
     options.target_max_block_size = 1  # a row is sent when it is made: progress is by the shard
+    # Rows need no room kept for them. Looking for some, Ray Data would run one task alone in its
+    # first second, and leave a CPU idle for up to 0.3 s between two.
+    options.op_resource_reservation_enabled = False
     place, cpus = place_tasks()
-    groups = _group(missing, sum(cpus))
+    groups = group_shards(missing, sum(cpus))
     # More than one thread only where there are fewer tasks than CPUs.
     threads = max(1, min(sum(cpus) // len(groups), max(cpus, default=1)))
     tasks = [
@@ -136,15 +138,22 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
         ) from error
 
 
-def _group(shards: Sequence[InputShard], num_cpus: int) -> list[list[InputShard]]:
-    """The shards of each task: several, for Ray Data takes about 0.2 s to start the next one.
+def group_shards(shards: Sequence[InputShard], num_cpus: int) -> list[list[InputShard]]:
+    """The shards of each task: several, for while its last one is written it reads no other.
 
-    Tasks are as equal in bytes as can be, and enough to be even at the end and to tell progress.
+    Every CPU has as many tasks as any other, and they are as equal in bytes as can be.
+
+    Args:
+        shards: to be preprocessed.
+        num_cpus: of the cluster, at least 1.
     """
     num_bytes = sum(shard.num_bytes for shard in shards)
-    count = max(TASKS_PER_CPU * num_cpus, num_bytes // BYTES_PER_TASK)
+    tasks_per_cpu = max(1, -(-num_bytes // (num_cpus * BYTES_PER_TASK)))
     return share_out(
-        shards, count, size_of=lambda shard: shard.num_bytes, name_of=lambda shard: shard.name
+        shards,
+        tasks_per_cpu * num_cpus,
+        size_of=lambda shard: shard.num_bytes,
+        name_of=lambda shard: shard.name,
     )
 
 
