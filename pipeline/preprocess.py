@@ -104,7 +104,7 @@ def _run_ray_data(context: StepContext, missing: list[InputShard]) -> None:
     # first second, and leave a CPU idle for up to 0.3 s between two.
     options.op_resource_reservation_enabled = False
     place, cpus = place_tasks()
-    groups = group_shards(missing, sum(cpus))
+    groups = group_shards(missing, max(1, sum(cpus)))  # none yet, where a cluster starts small
     # More than one thread only where there are fewer tasks than CPUs.
     threads = max(1, min(sum(cpus) // len(groups), max(cpus, default=1)))
     tasks = [
