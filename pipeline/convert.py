@@ -74,7 +74,8 @@ def begin_shard(
                 assert isinstance(entry, Item)
                 source = ledger.source(entry.member)
                 writers[split].add(outcome.item, entry.label, source, outcome.digest)
-                ledger.counted["animated"] += outcome.is_animated
+                if outcome.is_animated:
+                    ledger.counted["animated"] += 1
             case Refusal():
                 ledger.refuse(outcome)
             case str():

@@ -25,6 +25,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from pipeline.decoder_rows import prepare_rows
 from pipeline.image_files import (
     check_pixels,
     check_work,
@@ -72,6 +73,14 @@ class _View(NamedTuple):
     scale: float = 1
     left: float = 0
     top: float = 0
+
+
+class _Place(NamedTuple):
+    """What becomes of decoded pixels: left, upper, right and lower edges, width and height."""
+
+    whole: tuple[int, int, int, int]  # is cut out
+    box: tuple[float, float, float, float]  # of that is resized
+    target: tuple[int, int]
 
 
 def decode_image(content: bytes | np.ndarray, data: DataConfig) -> Decoded | None:
@@ -143,6 +152,8 @@ def _load_upright(image: ImageFile, content: bytes, data: DataConfig) -> tuple[I
     """Decodes the pixels, in 8 bits, and turns them as EXIF says."""
     width, height = image.size
     scale = _draft(image, data)
+    if isinstance(image, JpegImageFile) and image.mode == "RGB":
+        prepare_rows(image.width)
     image.load()
     orientation = _orientation(image)
     upright = _to_8_bits(image, content)
@@ -217,34 +228,43 @@ def _levels_to_8_bits(levels: int) -> np.ndarray:
 def _fit(image: Image.Image, view: _View, data: DataConfig) -> np.ndarray:
     """Takes the part that is wanted, flattens, resizes and pads it; uint8 [C, H, W]."""
     size = data.shape[-1]
-    left, top, width, height = 0, 0, view.width, view.height
-    target = (size, size)
-    if data.fit == "crop":
-        side = min(width, height)
-        left, top, width, height = (width - side) // 2, (height - side) // 2, side, side
-    elif data.fit == "pad":
-        longer = max(width, height)
-        target = (max(1, round(width * size / longer)), max(1, round(height * size / longer)))
-    x0, y0 = view.left + left / view.scale, view.top + top / view.scale
-    x1, y1 = x0 + width / view.scale, y0 + height / view.scale
-    whole = (math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))
+    whole, box, target = _place(view, data.fit, size)
     if whole != (0, 0, *image.size):
         image = image.crop(whole)
     image = _flatten(image, data)
     if image.size != target:
-        box = (x0 - whole[0], y0 - whole[1], x1 - whole[0], y1 - whole[1])
         gap = 3.0 if max(image.size) > MAX_SIDE_PX else None
         image = image.resize(target, _RESAMPLE[data.resample], box, reducing_gap=gap)
     if target != (size, size):
         canvas = Image.new(data.mode, (size, size), data.background)
         canvas.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
         image = canvas
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(size, size, -1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+@functools.lru_cache(maxsize=1024)  # most images are of the same few sizes
+def _place(view: _View, fit: str, size: int) -> _Place:
+    """Which part of the decoded pixels is resized to what."""
+    left, top, width, height = 0, 0, view.width, view.height
+    target = (size, size)
+    if fit == "crop":
+        side = min(width, height)
+        left, top, width, height = (width - side) // 2, (height - side) // 2, side, side
+    elif fit == "pad":
+        longer = max(width, height)
+        target = (max(1, round(width * size / longer)), max(1, round(height * size / longer)))
+    x0, y0 = view.left + left / view.scale, view.top + top / view.scale
+    x1, y1 = x0 + width / view.scale, y0 + height / view.scale
+    whole = (math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))
+    box = (x0 - whole[0], y0 - whole[1], x1 - whole[0], y1 - whole[1])
+    return _Place(whole, box, target)
 
 
 def _flatten(image: Image.Image, data: DataConfig) -> Image.Image:
     """In `data.mode`, over the background where the image lets it through."""
+    if image.mode == data.mode and "transparency" not in image.info:
+        return image
     if image.mode == "CMYK":
         transform = _cmyk_to_srgb(image.info.get("icc_profile"))
         image = image if transform is None else transform.apply(image)

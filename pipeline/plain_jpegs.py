@@ -6,9 +6,12 @@ Pillow's `JpegImageFile`, which would give the same decoder the same bytes at on
 longer, unusual or damaged is left to it, and to the checks of `image_files.py`.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 from PIL import Image, ImageFile
+
+from pipeline.decoder_rows import prepare_rows
 
 # Pillow gives its decoder so much at once. How libjpeg reads damaged data depends on where a block
 # ends, and of a longer file the head is a small part anyway.
@@ -76,6 +79,7 @@ def _is_plain(content: bytes, body: int, head: PlainHead) -> bool:
     return is_likely and content.startswith(all_layers, body - 2)
 
 
+@functools.lru_cache(maxsize=1024)  # most images are of the same few sizes
 def draft_scale(size: tuple[int, int], least: tuple[int, int]) -> int:
     """How many times smaller libjpeg decodes at once, as `draft(None, least)` of Pillow chooses."""
     times = min(size[0] // least[0], size[1] // least[1])
@@ -84,8 +88,13 @@ def draft_scale(size: tuple[int, int], least: tuple[int, int]) -> int:
 
 def decode_plain(content: bytes, head: PlainHead, scale: int) -> Image.Image | None:
     """Decodes the pixels at 1/`scale` of the size; None where they are damaged."""
-    width, height = (-(-side // scale) for side in head.size)
+    width, height = head.size
+    width, height = -(-width // scale), -(-height // scale)
+    if head.mode == "RGB":
+        prepare_rows(width)
     try:
-        return Image.frombytes(head.mode, (width, height), content, "jpeg", head.mode, "", scale, 0)
+        image = Image.new(head.mode, (width, height), None)  # every pixel is written, or it raises
+        image.frombytes(content, "jpeg", head.mode, "", scale, 0)
+        return image
     except Exception:  # what is wrong, and how it is told, is for who reads it with care
         return None

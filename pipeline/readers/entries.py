@@ -4,7 +4,7 @@ Every file of a shard ends as exactly one of the three, so that nothing is lost 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,7 @@ Label = int | str | None
 MAX_FILE_BYTES = 1 << 28  # a larger image or sequence is refused before it is read
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One image or sequence, not yet decoded.
 
     Args:

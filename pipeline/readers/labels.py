@@ -33,14 +33,14 @@ def parse_label(value: Any) -> Label:
     """
     if value is None:
         return None
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return _check_number(int(value))
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
             raise Refused("label_invalid", "the label is no UTF-8 text") from error
     if not isinstance(value, str):
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return _check_number(int(value))
         kind = type(value).__name__
         raise Refused("label_invalid", f"a {kind} is no label; use a whole number or a name")
     name = value.strip()

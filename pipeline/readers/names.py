@@ -36,7 +36,7 @@ def fault_of_name(name: str) -> str | None:
         return "the name has a backslash"
     if name.startswith("/") or _DRIVE.match(name):
         return "the name is an absolute path"
-    if ".." in name.split("/"):
+    if ".." in name and ".." in name.split("/"):
         return "the name leaves its directory"
     return None
 

@@ -49,20 +49,22 @@ class InputStream:
         self.fault: str | None = None
         self._file = file
         self._blocks = self._iter_blocks()
-        self._block = memoryview(b"")
+        self._block, self._start = b"", 0  # what was read last, and how far it was delivered
 
     def read(self, size: int) -> bytes:
         """The next bytes: fewer than `size` only at the end."""
-        if 0 < size <= len(self._block):  # most often; the rest is general, and slower
-            part, self._block = self._block[:size], self._block[size:]
+        start, end = self._start, self._start + size
+        if start < end <= len(self._block):  # most often; the rest is general, and slower
+            self._start = end
             self.position += size
-            return bytes(part)
+            return self._block[start:end]
         return b"".join(self._iter_parts(size))
 
     def skip(self, size: int) -> int:
         """Passes over the next bytes; how many there were."""
-        if 0 <= size <= len(self._block):  # as in `read`
-            self._block = self._block[size:]
+        end = self._start + size
+        if self._start <= end <= len(self._block):  # as in `read`
+            self._start = end
             self.position += size
             return size
         return sum(len(part) for part in self._iter_parts(size))
@@ -91,11 +93,12 @@ class InputStream:
 
     def _iter_parts(self, size: int) -> Iterator[memoryview]:
         while size > 0:
-            if not self._block:
-                self._block = memoryview(next(self._blocks, b""))
+            if self._start == len(self._block):
+                self._block, self._start = next(self._blocks, b""), 0
                 if not self._block:
                     return
-            part, self._block = self._block[:size], self._block[size:]
+            part = memoryview(self._block)[self._start :][:size]
+            self._start += len(part)
             size -= len(part)
             self.position += len(part)
             yield part

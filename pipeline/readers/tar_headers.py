@@ -69,14 +69,13 @@ class TarHeaders:
                 return
             end = stream.position + member.size
             yield member
-            missing = end - stream.position
-            missing -= stream.skip(missing)
-            if missing:
+            left, padding = end - stream.position, -member.size % BLOCK_BYTES
+            missing = left - stream.skip(left + padding)
+            if missing > 0:
                 self.end, self.position = "cut", stream.position
                 where = f"inside {show(member.name, 100)}"
                 self.detail = f"the archive ends {where}, {missing:,} bytes early"
                 return
-            stream.skip(-member.size % BLOCK_BYTES)
 
     def _read_headers(self) -> TarMember:
         """The next header, with what the extended ones before it say."""
