@@ -21,6 +21,7 @@ from pipeline.processes import is_tag_dead, process_tag
 Content = bytes | Sequence[memoryview]  # whole, or in parts
 
 STORAGE_THREADS = 16  # object stores answer many small questions at once
+_LARGE_BYTES = 1 << 20  # files that the system need not keep in memory once they are written
 _STAGED = ".staged-"
 STALE_S = 86_400.0  # a file that another host staged is left from a killed write after that
 _seen: set[Path] = set()  # directories in which this process has looked for such files
@@ -257,9 +258,18 @@ class LocalStorage:
                     file.writelines([content] if isinstance(content, bytes) else content)
                     file.flush()
                     os.fsync(file.fileno())  # after a power cut: the old, the new, never half
+                    if size_of_content(content) >= _LARGE_BYTES:
+                        _leave_to_disk(file.fileno())
                 yield staged
             finally:
                 staged.unlink(missing_ok=True)
+
+
+def _leave_to_disk(descriptor: int) -> None:
+    """Has the system drop its copy of a file on disk: many would displace what others read."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with contextlib.suppress(OSError):  # it is advice
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -56,6 +56,30 @@ def test_one_of_many_creators_wins(make_storage: Callable[[], Storage]) -> None:
     assert storage.read("one") == str(won[0]).encode()
 
 
+def test_a_large_file_leaves_memory_once_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        done.append("synced")
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        done.append(f"dropped {os.fstat(descriptor).st_size}")
+        raise OSError("a file system that takes no advice")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    storage = open_storage(str(tmp_path))
+    assert storage.create("large", [memoryview(bytes(1 << 19))] * 2)
+    storage.replace("small", bytes((1 << 20) - 1))
+    assert done == ["synced", f"dropped {1 << 20}", "synced"]
+    assert storage.read("large") == bytes(1 << 20)
+
+
 def first(count: int, method: str, part: str) -> Callable[[str, str], bool]:
     """Holds of the first requests of a kind."""
     seen: list[str] = []
