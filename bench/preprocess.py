@@ -11,9 +11,11 @@
   (`docs/decisions/0005-preprocessing.md`), so it runs in LOOPS processes one after another, each
   of which has taken other memory before, and their mean time counts; `of_fastest_ratio` takes the
   fastest of them. The workers' memory lies likewise for as long as they live, so there are SESSIONS
-  of Ray, each of ROUNDS of the step with the loops before and after, whose mean counts, Ray being
-  idle meanwhile; the ratio is the median of all rounds. On a shared host `rounds` tells what share
-  of the cores it took away, which costs two processes more than one.
+  of Ray, each of one step to warm up and ROUNDS with the loops before and after, whose mean counts,
+  Ray being idle meanwhile; the ratio is the median of all rounds. What warms up writes as much as
+  they do: memory that a virtual machine's host has not given yet is fifteen times slower to write.
+  On a shared host `rounds` tells what share of the cores it took away, which costs two processes
+  more than one.
 - `side_by_side_ratio`: the same over as many bare loops as there are cores at the same time, which
   share caches and memory as the workers do; `bare_scaling` says what that leaves of each loop.
 - `memory_growth`: the largest ratio, over the driver, Ray's daemons, the workers and the object
@@ -166,8 +168,8 @@ def measure_session(
         num_cpus=CORES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
     try:
-        step_rate(make_config(directory, "few"))  # starts and warms the workers
-        shutil.rmtree(directory / "root-few")
+        step_rate(make_config(directory, "many"))  # starts and warms the workers
+        shutil.rmtree(directory / "root-many")
         before = measure_loops(jpegs, bare)
         for _ in range(ROUNDS):
             ticks = host_ticks()
